@@ -1,0 +1,5 @@
+"""The one exception that users are meant to see: a sentence that names the file or field and the likely mend."""
+
+
+class UserError(ValueError):
+    """Bad input. The command line prints the message without a traceback and exits with status 2."""
