@@ -20,12 +20,12 @@ class _Strict(BaseModel):
 
 
 class TextPart(_Strict):
-    type: Literal["text"] = "text"
+    type: Literal["text"]
     text: str
 
 
 class ImagePart(_Strict):
-    type: Literal["image"] = "image"
+    type: Literal["image"]
 
 
 Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]

@@ -1,0 +1,177 @@
+"""Train a SentencePiece tokenizer and save it as a Hugging Face folder, with ``<image>`` and a short chat template.
+
+Text survives exactly: no normalisation, no dummy space in front, unknown characters as bytes. (One exception that is
+SentencePiece's own: a literal U+2581 comes back as a space.)
+"""
+
+import io
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import sentencepiece
+import typer
+from rich.console import Console
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from medvlm.data.schema import IMAGE_MARK
+from medvlm.data.shards import ShardReader
+from medvlm.errors import UserError
+
+SPECIAL = ("<unk>", "<s>", "</s>", "<pad>", IMAGE_MARK)  # ids 0 to 4
+# No role names: a question ends with a line break, an answer with </s>, and an image is "<image>" and a line break.
+CHAT_TEMPLATE = (
+    "{%- for message in messages -%}{%- set text = namespace(value='') -%}"
+    "{%- if message['content'] is string -%}{%- set text.value = message['content'] -%}{%- else -%}"
+    "{%- for part in message['content'] -%}"
+    "{%- set text.value = text.value + ('<image>\\n' if part['type'] == 'image' else part['text']) -%}"
+    "{%- endfor -%}{%- endif -%}"
+    "{{- text.value | trim -}}{{- eos_token if message['role'] == 'assistant' else '\\n' -}}"
+    "{%- endfor -%}"
+    # The line break after a question already invites the answer; the branch exists so that callers may ask for it.
+    "{%- if add_generation_prompt -%}{{- '' -}}{%- endif -%}"
+)
+
+
+def shard_texts(paths: list[Path]) -> Iterator[str]:
+    """Every message and report section of a shard set, in stored order."""
+    reader = ShardReader(paths)
+    for i in range(len(reader)):
+        sample = reader.sample(i)
+        for message in sample.messages:
+            if message.text:
+                yield message.text
+        yield from sample.report.values()
+
+
+def file_texts(paths: list[Path]) -> Iterator[str]:
+    """The lines of UTF-8 text files."""
+    for path in paths:
+        try:
+            with path.open(encoding="utf-8") as file:
+                yield from file
+        except FileNotFoundError:
+            raise UserError(f"{path}: no such file") from None
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+
+
+def train_sentencepiece(corpus: Iterable[str], vocab_size: int) -> bytes:
+    """A byte-pair SentencePiece model (``tokenizer.model``); the same corpus gives the same bytes.
+
+    Raises UserError where the corpus is empty or does not support ``vocab_size``, with the size that works.
+    """
+    # SentencePiece takes a line at a time; images and line breaks never lie inside a piece.
+    lines = (line for text in corpus for part in text.split(IMAGE_MARK) for line in part.splitlines() if line.strip())
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=lines,
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            byte_fallback=True,
+            split_digits=True,  # "12.5 cm" is read digit by digit
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            max_sentence_length=1 << 24,  # bytes; longer lines would be skipped
+            unk_id=0,
+            bos_id=1,
+            eos_id=2,
+            pad_id=3,
+            user_defined_symbols=[IMAGE_MARK],
+            num_threads=1,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        raise UserError(_explain(str(error), vocab_size)) from error
+    return model.getvalue()
+
+
+def _explain(message: str, vocab_size: int) -> str:
+    if found := re.search(r"set it to a value <= (\d+)", message):
+        return f"vocab-size {vocab_size} is too large for this corpus: at most {found[1]}, or give more text"
+    if found := re.search(r"smaller than required_chars\. \d+ vs (\d+)", message):
+        return f"vocab-size {vocab_size} is too small for the characters of this corpus: at least {found[1]}"
+    if "sentences_.empty()" in message:
+        return "the corpus is empty: give shards or text files with at least one line of text"
+    return f"SentencePiece could not train a vocabulary of {vocab_size}: {message}"
+
+
+def to_fast(model: bytes) -> PreTrainedTokenizerFast:
+    """The same tokenizer, with the same ids, in the fast format that gives character offsets."""
+    spm = sentencepiece.SentencePieceProcessor(model_proto=model)
+    vocabulary = {spm.id_to_piece(i): i for i in range(spm.get_piece_size())}
+    plain = {
+        piece for piece, i in vocabulary.items() if not (spm.is_control(i) or spm.is_byte(i) or spm.is_unknown(i))
+    } - {IMAGE_MARK}
+    # SentencePiece ranks by the merged piece alone; ids of merged pieces are in that order, single characters last.
+    merges = [
+        (piece[:n], piece[n:])
+        for piece in vocabulary
+        if piece in plain
+        for n in range(1, len(piece))
+        if piece[:n] in plain and piece[n:] in plain
+    ]
+    fast = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    fast.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="never", split=False)
+    fast.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    fast.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in SPECIAL])
+    image = AddedToken(IMAGE_MARK, lstrip=False, rstrip=False, normalized=False, special=True)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=fast,
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        additional_special_tokens=[image],
+        clean_up_tokenization_spaces=False,
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def build(corpus: Iterable[str], out: Path, vocab_size: int = 8000) -> PreTrainedTokenizerFast:
+    """Train on ``corpus`` and write the folder; returns the tokenizer. Raises UserError as `train_sentencepiece`."""
+    model = train_sentencepiece(corpus, vocab_size)
+    tokenizer = to_fast(model)
+    out.mkdir(parents=True, exist_ok=True)
+    tokenizer.save_pretrained(str(out))
+    (out / "tokenizer.model").write_bytes(model)
+    config = out / "tokenizer_config.json"
+    settings: dict[str, Any] = json.loads(config.read_text(encoding="utf-8"))
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"  # known to transformers 4 and 5 alike
+    part = config.with_suffix(".part")
+    part.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(part, config)
+    return tokenizer
+
+
+def prepare(
+    out: Annotated[Path, typer.Argument(help="Folder for the tokenizer.")],
+    shards: Annotated[list[Path] | None, typer.Option(help="Shards, or folders of them, to learn from.")] = None,
+    text: Annotated[list[Path] | None, typer.Option(help="UTF-8 text files to learn from.")] = None,
+    vocab_size: Annotated[int, typer.Option(help="Number of tokens, the special and byte tokens included.")] = 8000,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
+) -> None:
+    """Train a tokenizer on the text of shards and files."""
+    if not shards and not text:
+        raise UserError("nothing to learn from: give --shards, --text, or both")
+    texts = [*(shard_texts(shards) if shards else ()), *(file_texts(text) if text else ())]
+    tokenizer = build(texts, out, vocab_size)
+    characters = sum(map(len, texts))
+    tokens = sum(len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"])
+    report = {"folder": str(out), "vocab_size": len(tokenizer), "texts": len(texts), "characters": characters}
+    report["tokens"] = tokens
+    if as_json:
+        print(json.dumps(report, indent=2))
+    else:
+        Console().print(
+            f"{out}: {len(tokenizer)} tokens from {len(texts)} texts; {characters / tokens:.2f} characters per token",
+            highlight=False,
+        )

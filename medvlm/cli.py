@@ -1,0 +1,192 @@
+"""The command line. Each command is a few lines that call into one package; heavy imports wait until they are needed."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from medvlm.errors import UserError
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+shards_app = typer.Typer(no_args_is_help=True, help="Index, verify, summarise and show WebDataset shards.")
+prepare_app = typer.Typer(no_args_is_help=True, help="Turn data sets into shards.")
+app.add_typer(shards_app, name="shards")
+app.add_typer(prepare_app, name="prepare")
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+Paths = Annotated[list[Path], typer.Argument(help="Shard folders or .tar files.")]
+
+
+@app.command()
+def train(
+    recipe: Annotated[str, typer.Argument(help="A recipe's name, or the path of a .yaml file.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value ...")] = None,
+    print_config: Annotated[bool, typer.Option(help="Print the merged, validated configuration and stop.")] = False,
+    tiny: Annotated[bool, typer.Option(help="Small random backbones and phantom data: a minute on a laptop.")] = False,
+) -> None:
+    """Train a recipe. Start it through launchers/ for several ranks; alone it is one rank."""
+    from medvlm.config.load import load_recipe
+    from medvlm.config.tiny import TINY_DATA, tiny_values
+
+    config = load_recipe(recipe, overrides, tiny_values(recipe) if tiny else None)
+    if print_config:
+        import yaml
+
+        print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), end="")
+        return
+    from medvlm.training import distributed, loop
+
+    distributed.start()
+    if tiny:
+        if distributed.rank() == 0:
+            prepare_tiny_data(Path(TINY_DATA))
+        distributed.barrier()
+    status = loop.train(config)
+    distributed.stop()
+    raise typer.Exit(status)
+
+
+def prepare_tiny_data(folder: Path) -> None:
+    """Phantom shards and a tokenizer for ``--tiny``, once."""
+    if (folder / "tokenizer" / "tokenizer_config.json").exists():
+        return
+    from data_prep import phantom, tokenizer
+
+    phantom.generate(folder, images=96, size=64, preset="easy", workers=1)
+    tokenizer.train_tokenizer_folder(folder / "tokenizer", shards=[folder / "train"], vocab_size=600)
+
+
+@app.command()
+def recipes() -> None:
+    """List the recipes."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from medvlm.config.load import load_recipe, recipe_names
+
+    table = Table("recipe", "description")
+    for name in recipe_names():
+        table.add_row(name, load_recipe(name).description)
+    Console().print(table)
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="The folder of a run.")],
+    out: Annotated[Path, typer.Option(help="The Hugging Face folder to write.")],
+    checkpoint: Annotated[str | None, typer.Option(help="For example step-00000100; the newest by default.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Write a stock Hugging Face folder and prove it: logits of a fresh process against the training model's."""
+    from medvlm.export.llava import export_run
+
+    result = export_run(run, out, checkpoint)
+    print(json.dumps(result) if as_json else "\n".join(f"{key}: {value}" for key, value in result.items()))
+
+
+@app.command()
+def evaluate(
+    folder: Annotated[str, typer.Argument(help="A Hugging Face image-text-to-text folder or hub name.")],
+    data: Annotated[list[Path], typer.Option(help="Shard folders or tars; may be given several times.")],
+    task: Annotated[str, typer.Option(help="What to evaluate.")] = "vqa",
+    out: Annotated[Path | None, typer.Option(help="Folder for results.json and predictions.jsonl.")] = None,
+    limit: Annotated[int | None, typer.Option(help="At most this many questions.")] = None,
+    batch_size: int = 16,
+    max_new_tokens: int = 32,
+    seed: int = 0,
+    as_json: Json = False,
+) -> None:
+    """Evaluate a model with majority, blank-image and shuffled-image controls beside its score."""
+    from medvlm import evaluation
+
+    evaluation.run(
+        folder,
+        task,
+        data,
+        out or Path("results") / Path(folder).name,
+        limit=limit,
+        batch_size=batch_size,
+        max_new_tokens=max_new_tokens,
+        seed=seed,
+        as_json=as_json,
+    )
+
+
+@app.command()
+def generate(
+    folder: Annotated[str, typer.Argument(help="A Hugging Face image-text-to-text folder or hub name.")],
+    prompt: Annotated[str, typer.Option(help="The question.")],
+    image: Annotated[list[Path] | None, typer.Option(help="PNG, JPEG or DICOM; may be given several times.")] = None,
+    max_new_tokens: int = 256,
+) -> None:
+    """Answer one question about images, with greedy decoding."""
+    from medvlm.inference.generate import Generator
+    from medvlm.inference.images import load_image
+
+    images = [load_image(path) for path in image or []]
+    content = [{"type": "image"} for _ in images] + [{"type": "text", "text": prompt}]
+    request = (images, [{"role": "user", "content": content}])
+    print(Generator(folder).answers([request], max_new_tokens=max_new_tokens, batch_size=1)[0])
+
+
+@shards_app.command("index")
+def shards_index(paths: Paths) -> None:
+    """Write the sidecar index of each tar, ours or foreign."""
+    from medvlm.data.shards import find_tars, write_index
+
+    for tar in find_tars(paths):
+        print(write_index(tar))
+
+
+@shards_app.command("verify")
+def shards_verify(paths: Paths, as_json: Json = False) -> None:
+    """Check every member's checksum, JSON and image, and that no patient is in two splits."""
+    from medvlm.data import inspect
+
+    report = inspect.verify(paths)
+    inspect.print_verify(report, as_json)
+    raise typer.Exit(1 if report["problems"] else 0)
+
+
+@shards_app.command("stats")
+def shards_stats(paths: Paths, as_json: Json = False) -> None:
+    """A table per source and split."""
+    from medvlm.data import inspect
+
+    inspect.print_stats(inspect.stats(paths), as_json)
+
+
+@shards_app.command("show")
+def shards_show(
+    paths: Paths,
+    sample: Annotated[str, typer.Option(help="A key, or a number from 0.")] = "0",
+    images_to: Annotated[Path | None, typer.Option(help="Save the sample's images in this folder.")] = None,
+) -> None:
+    """Print one sample."""
+    from medvlm.data import inspect
+
+    inspect.show(paths, sample, images_to)
+
+
+def _register_prepare() -> None:
+    from data_prep import phantom, tokenizer, vqa_rad
+
+    prepare_app.command("phantom")(phantom.prepare)
+    prepare_app.command("vqa-rad")(vqa_rad.prepare)
+    prepare_app.command("tokenizer")(tokenizer.prepare)
+
+
+def main() -> None:
+    if "prepare" in sys.argv[1:2]:
+        _register_prepare()
+    try:
+        app()
+    except UserError as error:
+        print(f"medvlm: error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

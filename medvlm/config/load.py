@@ -1,0 +1,104 @@
+"""Recipes: lookup by name or path, overrides from the command line, validation with the nearest right key."""
+
+import difflib
+import types
+import typing
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from medvlm.config.schema import RunConfig
+from medvlm.errors import UserError
+
+
+def recipe_names() -> list[str]:
+    folder = resources.files("medvlm") / "recipes"
+    return sorted(f.name[: -len(".yaml")] for f in folder.iterdir() if f.name.endswith(".yaml"))
+
+
+def deepspeed_config_path(name: str) -> Path:
+    """The JSON file of a ZeRO mode, by its name in ``ds_configs/`` or by path."""
+    path = Path(str(resources.files("ds_configs") / f"{name}.json"))
+    if path.exists():
+        return path
+    if Path(name).is_file():
+        return Path(name)
+    known = sorted(p.stem for p in path.parent.glob("*.json"))
+    raise UserError(f"training.zero: no DeepSpeed config {name!r}; known: {', '.join(known)}, or a path to a .json")
+
+
+def load_recipe(recipe: str, overrides: list[str] | None = None, extra: dict[str, Any] | None = None) -> RunConfig:
+    """Merge a recipe with ``section.key=value`` overrides and validate. Raises UserError naming the wrong field."""
+    values = recipe_values(recipe)
+    for key, value in (extra or {}).items():
+        _assign(values, key, value)
+    for override in overrides or []:
+        key, sign, value = override.partition("=")
+        if not sign:
+            raise UserError(f"override {override!r} is not of the form section.key=value")
+        _assign(values, key, _parse(value, override))
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        raise UserError("\n".join(f"{recipe}: {_explain(e)}" for e in error.errors())) from None
+
+
+def recipe_values(recipe: str) -> dict[str, Any]:
+    """The raw values of a recipe, before overrides and validation."""
+    names = recipe_names()
+    if recipe in names:
+        text = (resources.files("medvlm") / "recipes" / f"{recipe}.yaml").read_text()
+    elif Path(recipe).is_file():
+        text = Path(recipe).read_text()
+    else:
+        near = difflib.get_close_matches(recipe, names, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise UserError(f"no recipe {recipe!r}: {hint}known recipes: {', '.join(names)}; or give a path to a .yaml file")
+    values = _parse(text, recipe)
+    if not isinstance(values, dict):
+        raise UserError(f"{recipe}: a recipe must be a mapping of sections")
+    return values
+
+
+def _parse(text: str, where: str) -> Any:
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
+    if isinstance(value, str):  # YAML 1.1 reads 1e-4 as a string
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _assign(values: dict[str, Any], key: str, value: Any) -> None:
+    *sections, last = key.split(".")
+    for section in sections:
+        values = values.setdefault(section, {})
+        if not isinstance(values, dict):
+            raise UserError(f"override {key!r}: {section!r} is not a section")
+    values[last] = value
+
+
+def _explain(error: Any) -> str:
+    location = [str(part) for part in error["loc"]]
+    field = ".".join(location)
+    if error["type"] != "extra_forbidden":
+        given = "" if isinstance(error["input"], dict) else f" (got {error['input']!r})"
+        return f"{field}: {error['msg'].removeprefix('Value error, ')}{given}"
+    known = list(_section(RunConfig, location[:-1]).model_fields)
+    near = difflib.get_close_matches(location[-1], known, n=1)
+    return f"{field}: unknown key; " + (f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}")
+
+
+def _section(model: type[BaseModel], location: list[str]) -> type[BaseModel]:
+    for part in location:
+        annotation = model.model_fields[part].annotation
+        options = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
+        model = next(o for o in options if isinstance(o, type) and issubclass(o, BaseModel))
+    return model

@@ -1,0 +1,219 @@
+"""Builds the model and its processor from a recipe: pretrained or from scratch, whole or sharded under ZeRO-3."""
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from tokenizers import AddedToken
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForCausalLM, AutoTokenizer, LlavaProcessor
+
+from medvlm.config.schema import Backbone, Model
+from medvlm.data.conversation import multimodal_template
+from medvlm.data.schema import IMAGE_MARK
+from medvlm.errors import UserError
+from medvlm.models.multi_modal_projector import PROJECTORS
+from medvlm.models.vision_language_model import VisionLanguageModel, select_features
+
+IMAGE_PROCESSORS = {
+    "clip_vision_model": "CLIPImageProcessor",
+    "siglip_vision_model": "SiglipImageProcessor",
+    "vit": "ViTImageProcessor",
+    "dinov2": "BitImageProcessor",
+}
+VOCABULARY_MULTIPLE = 64
+
+
+@dataclass
+class Components:
+    """Everything but the weights: cheap to build, needed by loader, model and export alike."""
+
+    processor: LlavaProcessor
+    vision_config: Any
+    text_config: Any
+    image_tokens: int
+    vision_dim: int
+    image_size: int
+    unused_vision_parameters: set[str]
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.processor.tokenizer
+
+    @property
+    def image_token_id(self) -> int:
+        return self.tokenizer.convert_tokens_to_ids(IMAGE_MARK)
+
+
+def build_components(config: Model) -> Components:
+    """Configurations, tokenizer and image processor of a recipe's model. Raises UserError where a folder lacks them."""
+    vision = _vision_config(config.vision_tower)
+    text = _text_config(config)
+    source = config.language_model.tokenizer or config.language_model.path
+    if source is None:
+        raise UserError("model.language_model.tokenizer: a language model from scratch needs a tokenizer folder")
+    gguf = {} if config.language_model.tokenizer else _gguf(config)
+    tokenizer = _load(AutoTokenizer, source, "model.language_model.tokenizer", **gguf)
+    if IMAGE_MARK not in tokenizer.get_vocab():
+        tokenizer.add_tokens(AddedToken(IMAGE_MARK, normalized=False, special=True), special_tokens=True)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if len(tokenizer) > text.vocab_size:
+        text.vocab_size = -(-len(tokenizer) // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+    image_processor = _image_processor(config.vision_tower, vision)
+    size = _square_size(image_processor)
+    tokens, dim, unused = _probe_vision(vision, size, config)
+    patch = vision.patch_size
+    grid = (size // patch) ** 2
+    dropped = 1 if config.vision_tower.select_strategy == "default" else 0
+    processor = LlavaProcessor(
+        image_processor=image_processor,
+        tokenizer=tokenizer,
+        patch_size=patch,
+        vision_feature_select_strategy=config.vision_tower.select_strategy,
+        num_additional_image_tokens=tokens + dropped - grid,
+        image_token=IMAGE_MARK,
+        chat_template=multimodal_template(tokenizer.chat_template),
+    )
+    return Components(processor, vision, text, tokens, dim, size, unused)
+
+
+def build_model(
+    config: Model, parts: Components, dtype: torch.dtype, deepspeed_config: dict[str, Any] | None = None, seed: int = 0
+) -> VisionLanguageModel:
+    """The model in ``dtype``; born sharded if ``deepspeed_config`` says ZeRO-3. Same seed, same new weights."""
+    attention = config.attention
+    if attention == "auto":
+        flash = transformers.utils.is_flash_attn_2_available() and dtype == torch.bfloat16
+        attention = "flash_attention_2" if flash else "sdpa"
+    zero3 = bool(deepspeed_config) and deepspeed_config["zero_optimization"]["stage"] == 3  # type: ignore[index]
+    keep_alive, context = None, nullcontext()
+    if zero3:
+        import deepspeed
+        from transformers.integrations import HfDeepSpeedConfig
+
+        keep_alive = HfDeepSpeedConfig(deepspeed_config)
+        # No dtype argument: on CPU zero.Init(dtype=float32) silently means bfloat16.
+        context = deepspeed.zero.Init(config_dict_or_path=deepspeed_config)
+    transformers.set_seed(seed)
+    tower = _backbone(AutoModel, config.vision_tower, parts.vision_config, dtype, "model.vision_tower", "sdpa")
+    language = _backbone(
+        AutoModelForCausalLM, config.language_model, parts.text_config, dtype, "model.language_model", attention
+    )
+    with context:
+        projector = PROJECTORS[config.multi_modal_projector.kind](parts.vision_dim, parts.text_config.hidden_size)
+        projector = projector.to(dtype) if not zero3 else projector
+    image_processor = parts.processor.image_processor
+    model = VisionLanguageModel(
+        tower,
+        projector,
+        language,
+        image_token_id=parts.image_token_id,
+        image_size=parts.image_size,
+        feature_layer=config.vision_tower.feature_layer,
+        select_strategy=config.vision_tower.select_strategy,
+        mean=list(image_processor.image_mean),
+        std=list(image_processor.image_std),
+    )
+    model.keep_alive = keep_alive  # transformers holds the ZeRO-3 switch by a weak reference
+    return model
+
+
+def _backbone(auto: Any, part: Backbone, config: Any, dtype: torch.dtype, field: str, attention: str) -> Any:
+    if part.path is None:
+        return auto.from_config(config, dtype=dtype, attn_implementation=attention)
+    gguf = getattr(part, "gguf_file", None)
+    vocabulary = config.vocab_size if auto is AutoModelForCausalLM else None
+    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention}
+    if vocabulary is None:
+        auto, options["config"] = transformers.MODEL_MAPPING[type(config)], config
+    if gguf:
+        options["gguf_file"] = gguf
+    model, info = _load(auto, part.path, field, output_loading_info=True, **options)
+    # A tied output layer is listed as missing by some versions though it shares the input embedding.
+    tied = {"lm_head.weight"} if getattr(model.config, "tie_word_embeddings", False) else set()
+    missing = set(info["missing_keys"]) - tied
+    if missing:
+        some = ", ".join(sorted(missing)[:3])
+        raise UserError(f"{field}.path: {part.path} lacks {len(missing)} weights of the model, among them {some}")
+    if vocabulary is not None and vocabulary > model.get_input_embeddings().num_embeddings:
+        model.resize_token_embeddings(vocabulary, mean_resizing=False)
+    return model
+
+
+def _load(auto: Any, path: str, field: str, **options: Any) -> Any:
+    try:
+        return auto.from_pretrained(path, **options)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"{field}: cannot load {path}: {reason}") from error
+
+
+def _gguf(config: Model) -> dict[str, str]:
+    return {"gguf_file": config.language_model.gguf_file} if config.language_model.gguf_file else {}
+
+
+def _from_scratch(values: dict[str, Any], field: str) -> Any:
+    try:
+        rest = {k: v for k, v in values.items() if k != "model_type"}
+        return AutoConfig.for_model(values["model_type"], **rest)
+    except ValueError as error:
+        raise UserError(f"{field}.config: {str(error).splitlines()[0]}") from None
+
+
+def _vision_config(part: Backbone) -> Any:
+    field = "model.vision_tower"
+    if part.config is not None:
+        config = _from_scratch(part.config, field)
+    else:
+        config = _load(AutoConfig, str(part.path), field)
+        config = getattr(config, "vision_config", config)  # the vision half of a CLIP or SigLIP checkpoint
+    if config.model_type not in IMAGE_PROCESSORS:
+        raise UserError(f"{field}: {config.model_type!r} is not supported; known: {', '.join(IMAGE_PROCESSORS)}")
+    return config
+
+
+def _text_config(config: Model) -> Any:
+    part = config.language_model
+    if part.config is not None:
+        return _from_scratch(part.config, "model.language_model")
+    return _load(AutoConfig, str(part.path), "model.language_model", **_gguf(config))
+
+
+def _image_processor(part: Backbone, vision: Any) -> Any:
+    if part.path is not None and (Path(part.path) / "preprocessor_config.json").exists() or (
+        part.path is not None and not Path(part.path).is_dir()
+    ):
+        return _load(AutoImageProcessor, part.path, "model.vision_tower")
+    cls = getattr(transformers, IMAGE_PROCESSORS[vision.model_type])
+    side = {"height": vision.image_size, "width": vision.image_size}
+    if vision.model_type in ("siglip_vision_model", "vit"):
+        return cls(size=side)
+    return cls(size={"shortest_edge": vision.image_size}, crop_size=side)
+
+
+def _square_size(image_processor: Any) -> int:
+    size = dict(image_processor.crop_size if getattr(image_processor, "do_center_crop", False) else image_processor.size)
+    if set(size) != {"height", "width"} or size["height"] != size["width"]:
+        raise UserError(f"model.vision_tower: its image processor does not give square images ({size})")
+    return size["height"]
+
+
+def _probe_vision(vision: Any, size: int, config: Model) -> tuple[int, int, set[str]]:
+    """Token count, feature width, and the parameters no feature depends on (later layers, pooling head).
+
+    Found by running the tower forward and backward on the meta device, which costs no memory: parameters that
+    cannot learn are frozen, so that "trainable" means what it says.
+    """
+    with torch.device("meta"):
+        tower = AutoModel.from_config(vision, attn_implementation="eager")
+        pixels = torch.zeros(1, 3, size, size)
+    try:
+        features = select_features(tower, pixels, config.vision_tower.feature_layer, config.vision_tower.select_strategy)
+    except IndexError:
+        raise UserError(f"model.vision_tower.feature_layer: {config.vision_tower.feature_layer} does not exist") from None
+    features.sum().backward()
+    unused = {name for name, p in tower.named_parameters() if p.grad is None}
+    return features.shape[1], features.shape[2], unused

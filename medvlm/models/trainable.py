@@ -1,0 +1,55 @@
+"""What of each part trains, and the table that says so."""
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from medvlm.config.schema import Model, Part
+from medvlm.models.vision_language_model import PARTS, VisionLanguageModel
+
+
+@dataclass
+class PartSummary:
+    name: str
+    train: str
+    parameters: int
+    trainable: int
+    learning_rate: float
+
+
+def part_config(config: Model, part: str) -> Part:
+    return getattr(config, part)
+
+
+def apply_trainable(model: VisionLanguageModel, config: Model, unused: set[str]) -> list[PartSummary]:
+    """Set ``requires_grad`` per part. ``unused`` names vision parameters that cannot influence the features.
+
+    Sizes come from ``ds_numel`` where ZeRO-3 has partitioned a parameter.
+    """
+    summaries = []
+    for name in PARTS:
+        part = part_config(config, name)
+        norms = _norm_parameters(getattr(model, name))
+        parameters = model.part_parameters(name)
+        for key, p in parameters.items():
+            chosen = part.train == "full" or (part.train == "norm_and_bias" and (key in norms or key.endswith("bias")))
+            p.requires_grad_(chosen and not (name == "vision_tower" and key in unused))
+        total = sum(map(_numel, parameters.values()))
+        trainable = sum(_numel(p) for p in parameters.values() if p.requires_grad)
+        summaries.append(PartSummary(name, part.train, total, trainable, part.learning_rate))
+        if part.gradient_checkpointing and name != "multi_modal_projector":
+            getattr(model, name).gradient_checkpointing_enable({"use_reentrant": False})
+    return summaries
+
+
+def _numel(p: nn.Parameter) -> int:
+    return getattr(p, "ds_numel", p.numel())
+
+
+def _norm_parameters(module: nn.Module) -> set[str]:
+    return {
+        f"{name}.{key}" if name else key
+        for name, child in module.named_modules()
+        if "norm" in type(child).__name__.lower()
+        for key, _ in child.named_parameters(recurse=False)
+    }

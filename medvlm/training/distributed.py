@@ -1,0 +1,62 @@
+"""Ranks, devices and the few collectives that the loop needs, over DeepSpeed's communication layer."""
+
+import os
+import warnings
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+warnings.filterwarnings("ignore", category=FutureWarning)  # torch 2.13 prints one per collective
+
+import deepspeed  # noqa: E402  (reads DS_ACCELERATOR when imported)
+from deepspeed import comm  # noqa: E402
+
+
+def start() -> None:
+    """Join the process group of the launcher (deepspeed, torchrun), or make one of a single rank."""
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
+        os.environ.setdefault(name, value)
+    if "MASTER_PORT" not in os.environ:
+        import socket
+
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            os.environ["MASTER_PORT"] = str(probe.getsockname()[1])
+    if not torch.cuda.is_available():
+        # Only inference uses this op; left in, it compiles for a minute and needs a C++ compiler.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        if os.environ["WORLD_SIZE"] != "1":
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["WORLD_SIZE"])))
+    deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo", verbose=False)
+
+
+def stop() -> None:
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def rank() -> int:
+    return comm.get_rank()
+
+
+def world_size() -> int:
+    return comm.get_world_size()
+
+
+def device() -> torch.device:
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    return torch.device("cpu")
+
+
+def sum_over_ranks(values: list[float]) -> list[float]:
+    """Exact for integers up to 2^53."""
+    tensor = torch.tensor(values, dtype=torch.float64, device=device())
+    comm.all_reduce(tensor)
+    return tensor.tolist()
+
+
+def barrier() -> None:
+    comm.barrier()

@@ -1,0 +1,86 @@
+"""What a step reports: one JSON line for machines, TensorBoard for curves, a progress bar for people."""
+
+import json
+import resource
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from medvlm.models.trainable import PartSummary
+
+
+def peak_memory_gib() -> float:
+    """Of this rank: allocated on the GPU, or resident on a CPU run."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+class Meters:
+    """Used by rank 0 only. Continues ``metrics.jsonl`` at ``start``, dropping lines of steps to be taken again."""
+
+    def __init__(self, folder: Path, start: int, total: int, tensorboard: bool):
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / "metrics.jsonl"
+        kept = [line for line in path.read_text().splitlines() if _step(line) <= start] if path.exists() else []
+        path.write_text("".join(f"{line}\n" for line in kept))
+        self.file = path.open("a")
+        self.board = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
+        self.total, self.console = total, Console(stderr=False)
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[status]}"),
+            console=self.console,
+            disable=not sys.stdout.isatty(),
+        )
+        self.progress.start()
+        self.task = self.progress.add_task("training", total=total, completed=start, status="")
+
+    def write(self, record: dict[str, Any]) -> None:
+        self.file.write(json.dumps(record) + "\n")
+        self.file.flush()
+        step = record["step"]
+        if self.board:
+            for name, value in record.items():
+                for tag, number in value.items() if isinstance(value, dict) else {"": value}.items():
+                    if isinstance(number, int | float):
+                        self.board.add_scalar(f"{name}/{tag}" if tag else name, number, step)
+        if "loss" in record:
+            status = f"loss {record['loss']:.4f}  {record['tokens_per_second']:.0f} tokens/s"
+            self.progress.update(self.task, completed=step, status=status)
+            if self.progress.disable and (step == 1 or step % max(1, self.total // 20) == 0 or step == self.total):
+                print(f"step {step}/{self.total}  {status}  grad norm {record['grad_norm']:.3f}", flush=True)
+        else:
+            print(f"step {step}  evaluation loss {record['eval_loss']:.4f}", flush=True)
+
+    def close(self) -> None:
+        self.progress.stop()
+        self.file.close()
+        if self.board:
+            self.board.close()
+
+
+def _step(line: str) -> int:
+    return json.loads(line)["step"]
+
+
+def print_parts(summaries: list[PartSummary]) -> None:
+    table = Table(title="What trains")
+    for column in ("part", "train", "parameters", "trainable", "learning rate"):
+        table.add_column(column, justify="left" if column in ("part", "train") else "right")
+    for s in summaries:
+        rate = f"{s.learning_rate:g}" if s.trainable else "-"
+        table.add_row(s.name, s.train, f"{s.parameters:,}", f"{s.trainable:,}", rate)
+    Console().print(table)
