@@ -8,13 +8,12 @@ import io
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import sentencepiece
 import typer
-from rich.console import Console
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -37,7 +36,7 @@ CHAT_TEMPLATE = (
 )
 
 
-def shard_texts(paths: list[Path]) -> Iterator[str]:
+def shard_texts(paths: Sequence[Path]) -> Iterator[str]:
     """Every message and report section of a shard set, in stored order."""
     reader = ShardReader(paths)
     for i in range(len(reader)):
@@ -48,7 +47,7 @@ def shard_texts(paths: list[Path]) -> Iterator[str]:
         yield from sample.report.values()
 
 
-def file_texts(paths: list[Path]) -> Iterator[str]:
+def file_texts(paths: Sequence[Path]) -> Iterator[str]:
     """The lines of UTF-8 text files."""
     for path in paths:
         try:
@@ -152,6 +151,23 @@ def build(corpus: Iterable[str], out: Path, vocab_size: int = 8000) -> PreTraine
     return tokenizer
 
 
+def train_tokenizer_folder(
+    out: Path, shards: Sequence[Path] = (), text: Sequence[Path] = (), vocab_size: int = 8000
+) -> dict[str, Any]:
+    """Train on the text of shards and files; returns the figures that `prepare` prints."""
+    if not shards and not text:
+        raise UserError("nothing to learn from: give --shards, --text, or both")
+    texts = [*(shard_texts(shards) if shards else ()), *file_texts(text)]
+    tokenizer = build(texts, out, vocab_size)
+    return {
+        "folder": str(out),
+        "vocab_size": len(tokenizer),
+        "texts": len(texts),
+        "characters": sum(map(len, texts)),
+        "tokens": sum(len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]),
+    }
+
+
 def prepare(
     out: Annotated[Path, typer.Argument(help="Folder for the tokenizer.")],
     shards: Annotated[list[Path] | None, typer.Option(help="Shards, or folders of them, to learn from.")] = None,
@@ -160,18 +176,9 @@ def prepare(
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
 ) -> None:
     """Train a tokenizer on the text of shards and files."""
-    if not shards and not text:
-        raise UserError("nothing to learn from: give --shards, --text, or both")
-    texts = [*(shard_texts(shards) if shards else ()), *(file_texts(text) if text else ())]
-    tokenizer = build(texts, out, vocab_size)
-    characters = sum(map(len, texts))
-    tokens = sum(len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"])
-    report = {"folder": str(out), "vocab_size": len(tokenizer), "texts": len(texts), "characters": characters}
-    report["tokens"] = tokens
+    report = train_tokenizer_folder(out, shards or (), text or (), vocab_size)
     if as_json:
         print(json.dumps(report, indent=2))
-    else:
-        Console().print(
-            f"{out}: {len(tokenizer)} tokens from {len(texts)} texts; {characters / tokens:.2f} characters per token",
-            highlight=False,
-        )
+        return
+    density = report["characters"] / report["tokens"]
+    print(f"{out}: {report['vocab_size']} tokens from {report['texts']} texts; {density:.2f} characters per token")

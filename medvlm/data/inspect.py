@@ -5,106 +5,87 @@ import json
 import os
 import tarfile
 import zlib
-from collections import Counter, defaultdict
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.feather as feather
 from PIL import Image as PILImage
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from medvlm.data.schema import IMAGE_EXTENSIONS, ImagePart, Sample, TextPart, parse_sample
+from medvlm.data.schema import IMAGE_EXTENSIONS, Sample, TextPart, parse_sample
 from medvlm.data.shards import INDEX_SCHEMA, ShardReader, find_tars, index_path
 from medvlm.errors import UserError
 
 Paths = str | Path | Sequence[str | Path]
 QUANTILES = {"min": 0.0, "median": 0.5, "p95": 0.95, "max": 1.0}
-
-
-@dataclass(frozen=True)
-class Problem:
-    """``key`` is None where the shard as a whole is meant."""
-
-    shard: str
-    key: str | None
-    reason: str
-
-
-@dataclass
-class Report:
-    """What `verify` read and what it found. The command line exits with 1 unless ``ok``."""
-
-    shards: int = 0
-    samples: int = 0
-    images: int = 0
-    problems: list[Problem] = field(default_factory=list)
-
-    @property
-    def ok(self) -> bool:
-        return not self.problems
-
-    def as_dict(self) -> dict[str, Any]:
-        return {"ok": self.ok, **asdict(self)}
-
-    def print(self, console: Console, limit: int = 50) -> None:
-        """The first ``limit`` problems and the totals, for people."""
-        for problem in self.problems[:limit]:
-            where = f"{problem.shard}:{problem.key}" if problem.key else problem.shard
-            console.print(f"{where}: {problem.reason}", highlight=False, markup=False, soft_wrap=True)
-        if len(self.problems) > limit:
-            console.print(f"... and {len(self.problems) - limit} more; --json lists all")
-        console.print(
-            f"{self.shards} shards, {self.samples} samples, {self.images} images: "
-            + ("no problems" if self.ok else f"{len(self.problems)} problem(s)"),
-            highlight=False,
-        )
+LABEL_VALUES = {1: "positive", 0: "negative", -1: "uncertain"}
 
 
 def _listed(paths: Paths) -> list[str | Path]:
     return [paths] if isinstance(paths, str | Path) else list(paths)
 
 
-def verify(paths: Paths) -> Report:
+def verify(paths: Paths) -> dict[str, Any]:
     """Read every byte of the shards and compare with the index and the schema.
 
     Checked are: the tar's own structure, each member against the index (offset, size, crc32), the JSON, the images and
     their sizes, keys that occur twice in a folder, and patients (`Sample.group`) in more than one split. Give all
-    splits of a data set at once, or a leak between them cannot be seen. Raises UserError only where there is no tar.
+    splits of a data set at once, or a leak between them cannot be seen. Returns the counts and ``problems``, a list of
+    ``{shard, key, reason}`` where key None means the whole shard. Raises UserError only where there is no tar.
     """
-    report = Report()
+    report: dict[str, Any] = {"shards": 0, "samples": 0, "images": 0, "problems": []}
+
+    def add(tar: Path, key: str | None, reasons: list[str]) -> None:
+        report["problems"] += [{"shard": str(tar), "key": key, "reason": reason} for reason in reasons]
+
     keys: dict[tuple[Path, str], Path] = {}
     groups: dict[tuple[str, str], dict[str, tuple[Path, str]]] = defaultdict(dict)
     for tar in find_tars(_listed(paths)):
-        report.shards += 1
+        report["shards"] += 1
         members, broken = _walk(tar)
-        report.problems += [Problem(str(tar), None, reason) for reason in broken]
+        add(tar, None, broken)
         try:
             table = _read_index(tar)
         except UserError as error:
-            report.problems.append(Problem(str(tar), None, str(error)))
+            add(tar, None, [str(error)])
             continue
-        report.problems += [Problem(str(tar), key, reason) for key, reason in _compare(members, table, bool(broken))]
+        for key, reason in _compare(members, table, bool(broken)):
+            add(tar, key, [reason])
         with tar.open("rb") as file:
             for row in table.to_pylist():
-                report.samples += 1
+                report["samples"] += 1
                 reasons, sample = _check_sample(file.fileno(), row, report)
                 folder_key = (tar.parent, row["key"])
                 if folder_key in keys:
                     reasons.append(f"the key occurs twice, first in {keys[folder_key].name}")
                 keys.setdefault(folder_key, tar)
-                report.problems += [Problem(str(tar), row["key"], reason) for reason in reasons]
+                add(tar, row["key"], reasons)
                 if sample is not None:
                     groups[sample.source, sample.group].setdefault(sample.split, (tar, row["key"]))
     for (source, group), places in groups.items():
         if len(places) > 1:
             (tar, key), splits = list(places.values())[-1], " and ".join(sorted(places))
-            reason = f"{source} patient or study {group!r} is in {splits}"
-            report.problems.append(Problem(str(tar), key, reason))
+            add(tar, key, [f"{source} patient or study {group!r} is in {splits}"])
     return report
+
+
+def print_verify(report: dict[str, Any], as_json: bool = False, limit: int = 50) -> None:
+    """Print a report of `verify`: all of it as JSON, or the first ``limit`` problems and the totals for people."""
+    if as_json:
+        print(json.dumps(report, indent=2))
+        return
+    problems = report["problems"]
+    for problem in problems[:limit]:
+        print(f"{problem['shard']}{':' + problem['key'] if problem['key'] else ''}: {problem['reason']}")
+    if len(problems) > limit:
+        print(f"... and {len(problems) - limit} more; --json lists all")
+    found = f"{len(problems)} problem(s)" if problems else "no problems"
+    print(f"{report['shards']} shards, {report['samples']} samples, {report['images']} images: {found}")
 
 
 def _walk(tar: Path) -> tuple[dict[str, list[tuple[int, int]]], list[str]]:
@@ -151,36 +132,37 @@ def _compare(
     members: dict[str, list[tuple[int, int]]], table: pa.Table, tar_is_broken: bool
 ) -> list[tuple[str | None, str]]:
     """(key, reason) for each member that only the tar or only the index has, or that lies elsewhere."""
-    found = []
+    found: list[tuple[str | None, str]] = []
     indexed: dict[str, list[tuple[int, int]]] = defaultdict(list)
-    lost: Counter[str] = Counter()
+    keys: dict[str, str] = {}  # member name -> key
     for row in table.select(["key", "members", "offsets", "sizes"]).to_pylist():
         for extension, offset, size in zip(row["members"], row["offsets"], row["sizes"], strict=True):
-            indexed[f"{row['key']}.{extension}"].append((offset, size))
-    # The index lower-cases extensions and drops a leading "./" nowhere; names are compared as it writes them.
+            name = f"{row['key']}.{extension}"
+            indexed[name].append((offset, size))
+            keys[name] = row["key"]
     there = {_index_name(name): places for name, places in members.items()}
+    lost = [name for name in indexed if name not in there]
     for name, places in indexed.items():
-        if name not in there:
-            lost[name.partition(".")[0]] += 1
-        elif there[name] != places:
-            found.append((name.partition(".")[0], f"member {name!r} lies elsewhere than the index says; index again"))
+        if name in there and there[name] != places:
+            found.append((keys[name], f"member {name!r} lies elsewhere than the index says; index again"))
     extra = there.keys() - indexed.keys()
     if lost:
         where = "readers that walk the tar do not reach" if tar_is_broken else "the tar lacks"
-        reason = f"{where} {sum(lost.values())} member(s) of {len(lost)} sample(s) in the index, from {next(iter(lost))!r}"
-        found.append((None, reason))
+        samples = len({keys[name] for name in lost})
+        found.append((None, f"{where} {len(lost)} member(s) of {samples} sample(s) in the index, from {lost[0]!r} on"))
     if extra:
         found.append((None, f"{len(extra)} member(s) are not in the index, such as {min(extra)!r}; index again"))
     return found
 
 
 def _index_name(member: str) -> str:
+    """A member's name as the index has it, with the extension in lower case."""
     folder, slash, name = member.rpartition("/")
-    stem, dot, extension = name.partition(".")
+    stem, _, extension = name.partition(".")
     return f"{folder}{slash}{stem}.{extension.lower()}"
 
 
-def _check_sample(descriptor: int, row: dict[str, Any], report: Report) -> tuple[list[str], Sample | None]:
+def _check_sample(descriptor: int, row: dict[str, Any], report: dict[str, Any]) -> tuple[list[str], Sample | None]:
     """Reasons why one sample is broken, and the sample if its JSON is sound. Counts images in ``report``."""
     reasons: list[str] = []
     data: dict[str, bytes] = {}
@@ -202,7 +184,7 @@ def _check_sample(descriptor: int, row: dict[str, Any], report: Report) -> tuple
     for name, content in data.items():
         if name.rpartition(".")[2] not in IMAGE_EXTENSIONS:
             continue
-        report.images += 1
+        report["images"] += 1
         try:
             with PILImage.open(io.BytesIO(content)) as image:
                 image.load()
@@ -266,8 +248,8 @@ def stats(paths: Paths) -> list[dict[str, Any]]:
         row["groups"].add(sample.group)
         for label, value in sample.labels.items():
             if value is not None:
-                counts = row["labels"].setdefault(label, {"positive": 0, "negative": 0, "uncertain": 0})
-                counts[{1: "positive", 0: "negative", -1: "uncertain"}[value]] += 1
+                counts = row["labels"].setdefault(label, dict.fromkeys(LABEL_VALUES.values(), 0))
+                counts[LABEL_VALUES[value]] += 1
         row["width"] += [image.width for image in sample.images]
         row["height"] += [image.height for image in sample.images]
         row["characters"].append(characters[i])
@@ -289,23 +271,39 @@ def _quantiles(values: list[int]) -> dict[str, int]:
     return {name: ordered[round(q * (len(ordered) - 1))] for name, q in QUANTILES.items()} if ordered else {}
 
 
-def stats_tables(rows: list[dict[str, Any]]) -> list[Table]:
-    """The counts, and the labels if there are any, as tables for a terminal."""
-    numbers = ("samples", "images", "questions", "closed", "open", "reports", "patients")
-    spreads = ("width", "height", "characters")
-    main = Table(title="Shards (width, height, characters: median, largest)")
-    labels = Table(title="Labels")
-    for column in ("source", "split", *numbers, *spreads):
-        main.add_column(column, justify="left" if column in ("source", "split") else "right")
-    for column in ("source", "split", "label", "positive", "negative", "uncertain"):
-        labels.add_column(column, justify="left" if column in ("source", "split", "label") else "right")
-    for row in rows:
-        spread = [f"{row[s]['median']}, {row[s]['max']}" if row[s] else "-" for s in spreads]
-        main.add_row(row["source"], row["split"], *(str(row[n]) for n in numbers), *spread)
-        for label, counts in sorted(row["labels"].items()):
-            values = (str(counts[c]) for c in ("positive", "negative", "uncertain"))
-            labels.add_row(row["source"], row["split"], label, *values)
-    return [main, labels] if labels.row_count else [main]
+def print_stats(rows: list[dict[str, Any]], as_json: bool = False) -> None:
+    """Print the rows of `stats` as JSON, or as tables of counts, sizes and (if there are any) labels."""
+    if as_json:
+        print(json.dumps(rows, indent=2))
+        return
+    words = ("source", "split", "label", "of")
+    counts = ("samples", "images", "questions", "closed", "open", "reports", "patients")
+
+    def table(title: str, columns: Iterable[str], lines: Iterable[Iterable[Any]]) -> None:
+        grid = Table(title=title, box=SIMPLE, title_justify="left", pad_edge=False, collapse_padding=True)
+        for column in columns:
+            grid.add_column(column, justify="left" if column in words else "right")
+        for line in lines:
+            grid.add_row(*map(str, line))
+        if grid.row_count:
+            Console().print(grid)
+
+    def where(row: dict[str, Any]) -> tuple[str, str]:
+        return row["source"], row["split"]
+
+    table("Counts", ("source", "split", *counts), ((*where(r), *(r[c] for c in counts)) for r in rows))
+    spreads = [(r, name) for r in rows for name in ("width", "height", "characters") if r[name]]
+    table(
+        "Images in pixels, text in characters per sample",
+        ("source", "split", "of", *QUANTILES),
+        ((*where(r), name, *r[name].values()) for r, name in spreads),
+    )
+    labels = [(r, label) for r in rows for label in sorted(r["labels"])]
+    table(
+        "Labels",
+        ("source", "split", "label", *LABEL_VALUES.values()),
+        ((*where(r), label, *r["labels"][label].values()) for r, label in labels),
+    )
 
 
 def find(reader: ShardReader, key_or_number: str | int) -> int:
@@ -322,8 +320,9 @@ def find(reader: ShardReader, key_or_number: str | int) -> int:
     raise UserError(f"no sample {wanted!r}: there are {len(reader)}, numbered from 0, such as {keys[0]!r}")
 
 
-def show(paths: Paths, key_or_number: str | int, console: Console, save: Path | None = None) -> Sample:
-    """Print one sample, write its images into the folder ``save`` if given, and return it."""
+def show(paths: Paths, key_or_number: str | int = 0, images_to: Path | None = None) -> Sample:
+    """Print one sample, write its images into the folder ``images_to`` if given, and return it."""
+    console = Console()
     reader = ShardReader(_listed(paths))
     number = find(reader, key_or_number)
     sample = reader.sample(number)
@@ -345,15 +344,15 @@ def show(paths: Paths, key_or_number: str | int, console: Console, save: Path | 
     for name, text in sample.report.items():
         line(f"{name}: {text}")
     for name, value in sample.labels.items():
-        line(f"label {name}: {dict(((1, 'positive'), (0, 'negative'), (-1, 'uncertain'))).get(value, 'not mentioned')}")
+        line(f"label {name}: {LABEL_VALUES[value] if value is not None else 'not mentioned'}")
     for box in sample.boxes:
         line(f"box {box.label}: image {box.image}, xyxy {box.xyxy}")
     if sample.metadata:
         line(f"metadata: {json.dumps(sample.metadata, ensure_ascii=False)}")
-    if save is not None:
-        save.mkdir(parents=True, exist_ok=True)
+    if images_to is not None:
+        images_to.mkdir(parents=True, exist_ok=True)
         for image, data in zip(sample.images, reader.images(number), strict=True):
-            target = save / f"{sample.key}.{image.file}"
+            target = images_to / f"{sample.key}.{image.file}"
             target.write_bytes(data)
             line(f"wrote {target}")
     return sample

@@ -84,10 +84,10 @@ def build_model(
     config: Model, parts: Components, dtype: torch.dtype, deepspeed_config: dict[str, Any] | None = None, seed: int = 0
 ) -> VisionLanguageModel:
     """The model in ``dtype``; born sharded if ``deepspeed_config`` says ZeRO-3. Same seed, same new weights."""
-    attention = config.attention
-    if attention == "auto":
+    attention: str | None = config.attention
+    if attention == "auto":  # None is transformers' own choice: SDPA where the model supports it, else eager
         flash = transformers.utils.is_flash_attn_2_available() and dtype == torch.bfloat16
-        attention = "flash_attention_2" if flash else "sdpa"
+        attention = "flash_attention_2" if flash else None
     zero3 = bool(deepspeed_config) and deepspeed_config["zero_optimization"]["stage"] == 3  # type: ignore[index]
     keep_alive, context = None, nullcontext()
     if zero3:
@@ -98,7 +98,7 @@ def build_model(
         # No dtype argument: on CPU zero.Init(dtype=float32) silently means bfloat16.
         context = deepspeed.zero.Init(config_dict_or_path=deepspeed_config)
     transformers.set_seed(seed)
-    tower = _backbone(AutoModel, config.vision_tower, parts.vision_config, dtype, "model.vision_tower", "sdpa")
+    tower = _backbone(AutoModel, config.vision_tower, parts.vision_config, dtype, "model.vision_tower", None)
     language = _backbone(
         AutoModelForCausalLM, config.language_model, parts.text_config, dtype, "model.language_model", attention
     )
@@ -121,7 +121,7 @@ def build_model(
     return model
 
 
-def _backbone(auto: Any, part: Backbone, config: Any, dtype: torch.dtype, field: str, attention: str) -> Any:
+def _backbone(auto: Any, part: Backbone, config: Any, dtype: torch.dtype, field: str, attention: str | None) -> Any:
     if part.path is None:
         return auto.from_config(config, dtype=dtype, attn_implementation=attention)
     gguf = getattr(part, "gguf_file", None)

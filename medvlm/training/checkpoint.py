@@ -90,13 +90,14 @@ def resume(engine: Any, path: Path, manifest: dict[str, Any]) -> int:
 
 def consolidate(path: Path) -> dict[str, torch.Tensor]:
     """Full fp32 weights of a checkpoint, whatever ZeRO stage and number of ranks wrote it, frozen parts included."""
-    record = json.loads((path / MANIFEST).read_text())
-    if record["zero_stage"] == 0:
+    stage = json.loads((path / MANIFEST).read_text())["zero_stage"]
+    state: dict[str, torch.Tensor] = {}
+    if stage < 3:  # whole in every rank's file; under ZeRO-1 DeepSpeed's own tool leaves the frozen ones out
         state = torch.load(path / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)["module"]
-    else:
+    if stage > 0:  # trained weights: the optimizer's fp32 copies
         from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-        state = get_fp32_state_dict_from_zero_checkpoint(str(path.parent), tag=path.name)
+        state |= get_fp32_state_dict_from_zero_checkpoint(str(path.parent), tag=path.name)
     return {name: tensor.float() for name, tensor in state.items()}
 
 

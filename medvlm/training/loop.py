@@ -113,6 +113,7 @@ def train(config: RunConfig) -> int:
     keys = data.reader.table["key"].to_pylist()
     manifest = {
         "model": checkpoint.fingerprint(engine.module),
+        "bf16": precision(config) == torch.bfloat16,
         "order": digest([*keys, f"{order.global_batch}/{order.seed}"]),
     }
     step = 0

@@ -1,0 +1,41 @@
+# Sourced by the other launchers: makes .venv if absent and installs medvlm into it. Safe and fast to run again.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+export TOKENIZERS_PARALLELISM=false
+
+setup() { # setup EXTRAS: for example "eval,prep"
+    local stamp=.venv/medvlm-"$1" python=${PYTHON:-python3}
+    if [[ -f $stamp && ! setup.cfg -nt $stamp ]]; then return; fi
+    "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "medvlm needs Python 3.10 or newer" >&2; exit 1; }
+    echo "Setting up .venv (once; some minutes)"
+    # An installed CUDA build of torch is used as it is.
+    if "$python" -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then
+        [[ -d .venv ]] || "$python" -m venv --system-site-packages .venv
+    else
+        [[ -d .venv ]] || "$python" -m venv .venv
+    fi
+    .venv/bin/python -m pip install --quiet --upgrade pip 'setuptools>=77' wheel
+    if ! .venv/bin/python -c 'import torch' 2>/dev/null; then
+        if command -v nvidia-smi >/dev/null && nvidia-smi >/dev/null 2>&1; then
+            .venv/bin/python -m pip install --quiet 'torch>=2.11'
+        else
+            .venv/bin/python -m pip install --quiet torch==2.13.0 ${TORCH_INDEX:+--index-url "$TORCH_INDEX"}
+        fi
+    fi
+    # DeepSpeed needs torch in sight to build, and compiles nothing ahead of time.
+    DS_BUILD_OPS=0 .venv/bin/python -m pip install --quiet --no-build-isolation deepspeed
+    .venv/bin/python -m pip install --quiet --editable ".[$1]"
+    touch "$stamp"
+}
+
+gpus() { .venv/bin/python -c 'import torch; print(torch.cuda.device_count())'; }
+
+run_training() { # run_training RECIPE [section.key=value ...]: all local GPUs, or two CPU ranks
+    local n; n=$(gpus)
+    if ((n == 0)); then
+        n=2
+        export DS_ACCELERATOR=cpu OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+    fi
+    PATH="$PWD/.venv/bin:$PATH" PYTHONWARNINGS=ignore::FutureWarning .venv/bin/deepspeed --num_gpus "$n" \
+        --no_local_rank --master_port "${MASTER_PORT:-29500}" --module medvlm.cli train "$@"
+}

@@ -1,0 +1,45 @@
+"""The README.md of an exported model."""
+
+from typing import Any
+
+from medvlm.config.schema import RunConfig
+
+
+def model_card(config: RunConfig, checkpoint: str, proof: dict[str, Any]) -> str:
+    model = config.model
+    tower = model.vision_tower.path or model.vision_tower.config["model_type"] + " (from scratch)"  # type: ignore[index]
+    language = model.language_model.path or model.language_model.config["model_type"] + " (from scratch)"  # type: ignore[index]
+    data = "\n".join(f"- `{path}`" for path in config.data.train)
+    return f"""---
+library_name: transformers
+pipeline_tag: image-text-to-text
+tags: [medical, radiology, llava, medvlm]
+---
+# {config.run.name}
+
+{config.description}
+
+A `LlavaForConditionalGeneration` trained with medvlm, checkpoint `{checkpoint}`.
+
+| part | origin | training |
+|---|---|---|
+| vision tower | {tower} | {model.vision_tower.train} |
+| multi-modal projector | {model.multi_modal_projector.kind} | {model.multi_modal_projector.train} |
+| language model | {language} | {model.language_model.train} |
+
+Trained on:
+
+{data}
+
+```python
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+model = AutoModelForImageTextToText.from_pretrained(".")
+processor = AutoProcessor.from_pretrained(".")
+```
+
+Checked at export: image and text logits of this folder in a fresh process differ from the training model's by at most
+{proof["max_abs_logit_diff"]:.1e} (fp32, transformers {proof["transformers"]}).
+
+Not a medical device. Not for clinical use. Its answers have not been validated on patients.
+"""

@@ -1,0 +1,1 @@
+"""Load any Hugging Face image-text-to-text model and ask it about images."""
