@@ -1,4 +1,6 @@
-"""The command line. Each command is a few lines that call into one package; heavy imports wait until they are needed."""
+"""medvlm: shards -> DeepSpeed training -> Hugging Face folder -> evaluation."""
+
+# Each command is a few lines that call into one package; heavy imports wait until they are needed.
 
 import json
 import sys

@@ -49,7 +49,11 @@ def launch(recipe: Path, *arguments: str, ranks: int = 2, fails: bool = False, *
 def medvlm(*arguments: object, status: int = 0) -> str:
     """Run the command line in a process of its own."""
     done = subprocess.run(
-        [sys.executable, "-m", "medvlm.cli", *map(str, arguments)], capture_output=True, text=True, cwd=REPO, timeout=300
+        [sys.executable, "-m", "medvlm.cli", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=REPO,
+        timeout=300,
     )
     assert done.returncode == status, done.stdout + done.stderr
     return done.stdout + done.stderr

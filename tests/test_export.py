@@ -66,7 +66,10 @@ def test_a_zero3_run_exports_the_stock_key_set(world, tmp_path):
     assert "max_abs_logit_diff" in medvlm("export", world / "runs" / "exported", "--out", out)
     stock = LlavaForConditionalGeneration(AutoModelForImageTextToText.from_pretrained(out).config)
     stock.save_pretrained(tmp_path / "stock")
-    with safe_open(out / "model.safetensors", "pt") as ours, safe_open(tmp_path / "stock/model.safetensors", "pt") as its:
+    with (
+        safe_open(out / "model.safetensors", "pt") as ours,
+        safe_open(tmp_path / "stock/model.safetensors", "pt") as its,
+    ):
         assert set(ours.keys()) == set(its.keys())
     assert (out / "README.md").read_text().startswith("---\nlibrary_name: transformers")
 

@@ -88,7 +88,9 @@ def sample(i: int, images: int, answers: list[str], **values: Any) -> tuple[Samp
 
 def make_shards(folder: Path, count: int = 24, images: Any = lambda i: (1, 0, 2, 1)[i % 4]) -> Path:
     """Uneven on purpose: one image, none, several; answers from one to many tokens."""
-    items = (sample(i, images(i), ["yes", "no effusion on the left " * (i % 5) + "no"][: 1 + i % 2]) for i in range(count))
+    items = (
+        sample(i, images(i), ["yes", "no effusion on the left " * (i % 5) + "no"][: 1 + i % 2]) for i in range(count)
+    )
     write_shards(items, folder, "toy", 10)
     return folder
 

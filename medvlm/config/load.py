@@ -56,7 +56,9 @@ def recipe_values(recipe: str) -> dict[str, Any]:
     else:
         near = difflib.get_close_matches(recipe, names, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
-        raise UserError(f"no recipe {recipe!r}: {hint}known recipes: {', '.join(names)}; or give a path to a .yaml file")
+        raise UserError(
+            f"no recipe {recipe!r}: {hint}known recipes: {', '.join(names)}; or give a path to a .yaml file"
+        )
     values = _parse(text, recipe)
     if not isinstance(values, dict):
         raise UserError(f"{recipe}: a recipe must be a mapping of sections")

@@ -20,8 +20,8 @@ class ImageTransform:
     def __init__(self, processor: Any):
         size = dict(processor.size)
         self.resample = PILImage.Resampling(int(processor.resample))
-        self.shortest = size.get("shortest_edge")
-        self.size = (size["width"], size["height"]) if self.shortest is None else None
+        self.shortest: int | None = size.get("shortest_edge")
+        self.fixed = (size.get("width", 0), size.get("height", 0))
         crop = dict(processor.crop_size) if getattr(processor, "do_center_crop", False) else None
         self.crop = (crop["width"], crop["height"]) if crop else None
 
@@ -32,19 +32,18 @@ class ImageTransform:
                 rgb = image.convert("RGB")
         except (OSError, SyntaxError, PILImage.DecompressionBombError) as error:
             raise UserError(f"{where}: image cannot be decoded ({error})") from None
-        width, height = rgb.size
-        if self.size is None:
-            # the longer side as transformers computes it: truncated, not rounded
-            short = self.shortest
-            if width <= height:
-                size = (short, int(short * height / width))
-            else:
-                size = (int(short * width / height), short)
-        else:
-            size = self.size
+        size = self._target(*rgb.size)
         if size != rgb.size:
             rgb = rgb.resize(size, self.resample)
         if self.crop:
             left, top = (size[0] - self.crop[0]) // 2, (size[1] - self.crop[1]) // 2
             rgb = rgb.crop((left, top, left + self.crop[0], top + self.crop[1]))
         return torch.from_numpy(np.array(rgb)).permute(2, 0, 1).contiguous()
+
+    def _target(self, width: int, height: int) -> tuple[int, int]:
+        if self.shortest is None:
+            return self.fixed
+        # the longer side as transformers computes it: truncated, not rounded
+        if width <= height:
+            return self.shortest, int(self.shortest * height / width)
+        return int(self.shortest * width / height), self.shortest

@@ -98,17 +98,20 @@ def collate(samples: Sequence[Encoded], pad_id: int, image_size: int, padding_fr
     samples = list(samples) or [Encoded([pad_id], [IGNORE])]
     if padding_free:
         # The first token of a segment has no predecessor inside it, so it is never a target.
-        labels = [label for s in samples for label in [IGNORE, *s.labels[1:]]]
-        positions = [p for s in samples for p in range(len(s.ids))]
-        ids = [token for s in samples for token in s.ids]
-        return Batch(torch.tensor([ids]), torch.tensor([labels]), None, torch.tensor([positions]), pixels)
+        ids = torch.tensor([[token for s in samples for token in s.ids]])
+        row = torch.tensor([[label for s in samples for label in [IGNORE, *s.labels[1:]]]])
+        return Batch(ids, row, None, torch.tensor([[p for s in samples for p in range(len(s.ids))]]), pixels)
     length = -(-max(len(s.ids) for s in samples) // multiple) * multiple
     shape = (len(samples), length)
     input_ids, labels = torch.full(shape, pad_id), torch.full(shape, IGNORE)
     mask = torch.zeros(shape, dtype=torch.int64)
-    for row, sample in enumerate(samples):
+    for number, sample in enumerate(samples):
         n = len(sample.ids)
-        input_ids[row, :n], labels[row, :n], mask[row, :n] = torch.tensor(sample.ids), torch.tensor(sample.labels), 1
+        input_ids[number, :n], labels[number, :n], mask[number, :n] = (
+            torch.tensor(sample.ids),
+            torch.tensor(sample.labels),
+            1,
+        )
     return Batch(input_ids, labels, mask, None, pixels)
 
 

@@ -72,6 +72,11 @@ class Message(_Strict):
         return sum(isinstance(p, ImagePart) for p in self.content)
 
 
+def make_message(role: str, text: str) -> Message:
+    """A message from a string, in which ``<image>`` stands for an image."""
+    return Message.model_validate({"role": role, "content": text})
+
+
 class Image(_Strict):
     """One image member. ``file`` is its extension in the shard (``0.jpg``); sizes are of the stored pixels."""
 

@@ -67,7 +67,7 @@ def write_shards(
             close()
             shards.append(out / f"{prefix}-{len(shards):06d}.tar")
             writer = webdataset.TarWriter(
-                str(shards[-1].with_suffix(".tar.part")), encoder=False, user="medvlm", group="medvlm", mtime=0.0
+                str(shards[-1].with_suffix(".tar.part")), encoder=False, user="medvlm", group="medvlm", mtime=0
             )
         if sample.key in seen:
             raise UserError(f"{out}: key {sample.key!r} occurs twice; keys must be unique in a shard set")

@@ -1,4 +1,7 @@
-"""Evaluation of any Hugging Face image-text-to-text model on shards. A new task is one file and one line in ``TASKS``."""
+"""Evaluation of any Hugging Face image-text-to-text model on shards.
+
+A new task is one file and one line in ``TASKS``.
+"""
 
 import json
 import time

@@ -11,22 +11,23 @@ from typing import NamedTuple
 
 import numpy as np
 
-_NUMBERS = {w: str(i) for i, w in enumerate("zero one two three four five six seven eight nine ten".split())} | {
-    "none": "0"
-}
+_DIGIT_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+_NUMBERS = {"none": "0"} | {name: str(i) for i, name in enumerate(_DIGIT_NAMES)}
 _ARTICLES = {"a", "an", "the"}
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _PERIOD = re.compile(r"\.(?!\d)")  # not the point of 0.5
 _DIGIT_COMMA = re.compile(r"\d,\d")
 # Written without its apostrophe (or without one of several) each of these is restored, as "dont" to "don't".
-_CONTRACTIONS = """ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd
-he'd've he's how'd how'll how's i'd've i'm i've isn't it'd it'd've it'll ma'am might've mightn't mightn't've must've mustn't
-needn't not've o'clock oughtn't shan't she'd've should've shouldn't shouldn't've somebody'd've somebody'll somebody's
-someone'd someone'd've someone'll someone's something'd something'd've something'll that's there'd there'd've there're
-there's they'd they'd've they'll they're they've wasn't we'd've we've weren't what'll what're what's what've when's where'd
-where's where've who'd who'd've who'll who's who've why'll why're why's won't would've wouldn't wouldn't've y'all y'all'd've
-y'all'll you'd you'd've you'll you're you've""".split()
-_RESTORED = {w[:i] + w[i + 1 :]: w for w in _CONTRACTIONS for i, letter in enumerate(w) if letter == "'"}
+_CONTRACTIONS = """
+    ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd
+    he'd've he's how'd how'll how's i'd've i'm i've isn't it'd it'd've it'll ma'am might've mightn't mightn't've
+    must've mustn't needn't not've o'clock oughtn't shan't she'd've should've shouldn't shouldn't've somebody'd've
+    somebody'll somebody's someone'd someone'd've someone'll someone's something'd something'd've something'll
+    that's there'd there'd've there're there's they'd they'd've they'll they're they've wasn't we'd've we've weren't
+    what'll what're what's what've when's where'd where's where've who'd who'd've who'll who's who've why'll why're
+    why's won't would've wouldn't wouldn't've y'all y'all'd've y'all'll you'd you'd've you'll you're you've
+"""
+_RESTORED = {w[:i] + w[i + 1 :]: w for w in _CONTRACTIONS.split() for i, letter in enumerate(w) if letter == "'"}
 
 
 def normalize(text: str) -> str:
@@ -76,7 +77,7 @@ class TokenScores(NamedTuple):
 
 
 def token_scores(answer: str, gold: str) -> TokenScores:
-    """Precision, recall and F1 over normalised words, as LLaVA-Med computes them; recall is the open score of its paper.
+    """Precision, recall and F1 over normalised words as LLaVA-Med has them; recall is the open score of its paper.
 
     Every occurrence in the answer of a word of the gold answer counts as a true positive; missed gold words count as
     often as they occur. All three are 0 where no word is shared.
@@ -91,7 +92,7 @@ def token_scores(answer: str, gold: str) -> TokenScores:
 
 
 def word_overlap(answer: str, gold: str) -> float:
-    """What LLaVA-Med v1.0.0 reports as "exact match": distinct gold words found / words in the answer. Not an exact match."""
+    """What LLaVA-Med v1.0.0 prints as "exact match" and is not one: distinct gold words found / words in the answer."""
     said, wanted = normalize(answer).split(), set(normalize(gold).split())
     return len(wanted & set(said)) / len(said) if said else 0.0
 

@@ -1,4 +1,4 @@
-"""Visual question answering, with what a model scores that does not look: majority, blank image, another patient's image.
+"""Visual question answering, and what a model scores that does not look: majority, blank image, wrong patient.
 
 Every assistant turn is one question of its own, asked without the turns before it: a history would hold gold answers.
 """
@@ -7,6 +7,7 @@ import random
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -156,17 +157,17 @@ def _request(question: Question, loaders: list[Callable[[], Image.Image]]) -> "R
 
 
 def _own(question: Question) -> "Request":
-    return _request(question, [lambda n=n: question.image(n) for n in range(question.n_images)])
+    return _request(question, [partial(question.image, n) for n in range(question.n_images)])
 
 
 def _blank(question: Question) -> "Request":
     sizes = question.reader.sample(question.sample_index).images
-    return _request(question, [lambda s=s: Image.new("L", (s.width, s.height), GREY) for s in sizes])
+    return _request(question, [partial(Image.new, "L", (s.width, s.height), GREY) for s in sizes])
 
 
 def _shuffled(question: Question, questions: Sequence[Question], places: dict[tuple[str, int], Place]) -> "Request":
     taken = [places[question.key, n] for n in range(question.n_images)]
-    return _request(question, [lambda i=i, n=n: questions[i].image(n) for i, n in taken])
+    return _request(question, [partial(questions[i].image, n) for i, n in taken])
 
 
 def evaluate(
@@ -240,9 +241,8 @@ class _Scores:
     def __init__(self, seed: int):
         self.seed, self.values, self.intervals = seed, dict[str, Any](), dict[str, list[float]]()
 
-    def add(self, name: str, rows: list[dict[str, Any]], value: str | Callable[[dict[str, Any]], float]) -> None:
-        get = value if callable(value) else lambda row: row[value]
-        x = [float(get(row)) for row in rows]
+    def add(self, name: str, rows: list[dict[str, Any]], column: str) -> None:
+        x = [float(row[column]) for row in rows]
         self.values[name] = float(np.mean(x)) if x else None
         if x:
             self.intervals[name] = list(metrics.bootstrap_interval(x, [row["group"] for row in rows], self.seed))
@@ -266,7 +266,9 @@ def _results(
         scores.add(f"{control}_image_accuracy", shut, f"{control}_correct")
         scores.add(f"{control}_image_open_recall", free, f"{control}_token_recall")
         # paired, on the same questions: the share of the score that comes from looking at this patient's image
-        scores.add(f"gain_over_{control}", shut, lambda row, c=control: row["correct"] - row[f"{c}_correct"])
+        for row in shut:
+            row[f"gain_over_{control}"] = row["correct"] - row[f"{control}_correct"]
+        scores.add(f"gain_over_{control}", shut, f"gain_over_{control}")
     return {
         "n": len(rows),
         "n_closed": len(closed),

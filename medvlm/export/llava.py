@@ -23,7 +23,7 @@ from transformers import GenerationConfig, LlavaConfig, LlavaForConditionalGener
 from medvlm.config.schema import RunConfig
 from medvlm.data.conversation import ConversationEncoder
 from medvlm.data.images import ImageTransform
-from medvlm.data.schema import Message
+from medvlm.data.schema import make_message
 from medvlm.errors import UserError
 from medvlm.export.model_card import model_card
 from medvlm.models.build import Components, build_components, build_model
@@ -54,12 +54,12 @@ def export_run(run: Path, out: Path, tag: str | None = None) -> dict[str, Any]:
 
     staging = out.with_name(out.name + ".partial")
     shutil.rmtree(staging, ignore_errors=True)
-    trained_in = torch.bfloat16 if json.loads((source / checkpoint.MANIFEST).read_text()).get("bf16") else torch.float32
+    bf16 = json.loads((source / checkpoint.MANIFEST).read_text())["bf16"]
     to_llava(model, parts, config).save_pretrained(staging)
     parts.processor.save_pretrained(staging)
     proof = verify(model, parts, staging)
-    if trained_in == torch.bfloat16:  # proven in fp32, published in the type it was trained in
-        to_llava(model, parts, config).to(torch.bfloat16).save_pretrained(staging)
+    if bf16:  # proven in fp32, published in the type it was trained in
+        to_llava(model, parts, config).bfloat16().save_pretrained(staging)
     (staging / "README.md").write_text(model_card(config, source.name, proof))
     out.parent.mkdir(parents=True, exist_ok=True)
     if out.exists():
@@ -107,8 +107,8 @@ def to_llava(model: VisionLanguageModel, parts: Components, config: RunConfig) -
 
 def _stop_tokens(parts: Components) -> list[int]:
     """The token that the chat template ends an assistant turn with, and the tokenizer's end of text."""
-    turns = [Message(role="user", content="a"), Message(role="assistant", content="b")]
-    encoder = ConversationEncoder(parts.tokenizer, parts.processor.chat_template, parts.image_tokens)
+    turns = [make_message("user", "a"), make_message("assistant", "b")]
+    encoder = ConversationEncoder(parts.tokenizer, parts.chat_template, parts.image_tokens)
     labels = [label for label in encoder(turns)[1] if label >= 0]
     stops = {labels[-1], parts.tokenizer.eos_token_id}
     return sorted(s for s in stops if s is not None)
@@ -124,14 +124,14 @@ def verify(model: VisionLanguageModel, parts: Components, folder: Path) -> dict[
     noise = np.random.default_rng(0).integers(0, 64, ramp.shape)
     png = io.BytesIO()
     Image.fromarray(((ramp * 191 // ramp.max()) + noise).astype(np.uint8)).save(png, "png")
-    encoder = ConversationEncoder(parts.tokenizer, parts.processor.chat_template, parts.image_tokens)
+    encoder = ConversationEncoder(parts.tokenizer, parts.chat_template, parts.image_tokens)
     transform = ImageTransform(parts.processor.image_processor)
     with tempfile.TemporaryDirectory() as temporary:
         work = Path(temporary)
         (work / "image.png").write_bytes(png.getvalue())
         expected = {}
         for name, lead in (("image", "<image>\n"), ("text", "")):
-            turns = [Message(role="user", content=lead + QUESTION), Message(role="assistant", content="No.")]
+            turns = [make_message("user", lead + QUESTION), make_message("assistant", "No.")]
             ids, _ = encoder(turns)
             pixels = transform(png.getvalue(), "probe")[None] if lead else torch.zeros(0, 3, size, size).byte()
             expected[f"{name}_ids"] = torch.tensor([ids])
@@ -144,7 +144,9 @@ def verify(model: VisionLanguageModel, parts: Components, folder: Path) -> dict[
             [sys.executable, str(script), str(folder), str(work), QUESTION], capture_output=True, text=True, check=False
         )
     if done.returncode:
-        raise UserError(f"{folder}: the export does not load in a fresh process: {done.stderr.strip().splitlines()[-1]}")
+        raise UserError(
+            f"{folder}: the export does not load in a fresh process: {done.stderr.strip().splitlines()[-1]}"
+        )
     proof = json.loads(done.stdout.strip().splitlines()[-1])
     if not proof["max_abs_logit_diff"] <= TOLERANCE:
         raise UserError(f"{folder}: exported logits differ by {proof['max_abs_logit_diff']:.2e}, more than {TOLERANCE}")

@@ -6,6 +6,7 @@ Imports nothing of medvlm, on purpose. Prints one JSON line; exits non-zero on a
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 
 def main(folder: str, work: Path, question: str) -> None:
@@ -13,7 +14,8 @@ def main(folder: str, work: Path, question: str) -> None:
     from PIL import Image
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    model, info = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    loaded: Any = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    model, info = loaded
     if info["missing_keys"] or info["unexpected_keys"]:
         sys.exit(f"missing {sorted(info['missing_keys'])}, unexpected {sorted(info['unexpected_keys'])}")
     processor = AutoProcessor.from_pretrained(folder)

@@ -15,7 +15,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from medvlm.errors import UserError
 
-# The images in order, and chat messages whose contents are lists of {"type": "image"} and {"type": "text", "text": ...}.
+# The images in order, and chat messages with lists of {"type": "image"} and {"type": "text", "text": ...} as contents.
 # The images may be a lazy sequence: they are looked at only when their batch is due.
 Request = tuple[Sequence[Image.Image], list[dict[str, Any]]]
 WEIGHTS = ("*.safetensors", "*.bin")
@@ -35,12 +35,13 @@ class Generator:
         self.dtype = dtype or (torch.bfloat16 if self.device.type == "cuda" else torch.float32)
         try:
             self.processor = AutoProcessor.from_pretrained(self.name, trust_remote_code=False)
-            model, info = AutoModelForImageTextToText.from_pretrained(
+            loaded: Any = AutoModelForImageTextToText.from_pretrained(
                 self.name, dtype=self.dtype, trust_remote_code=False, output_loading_info=True
             )
         except (OSError, ValueError, KeyError, ImportError) as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise UserError(f"{self.name}: does not load as an image-text-to-text model ({reason})") from error
+        model, info = loaded
         absent = sorted(info["missing_keys"]) + sorted(str(m) for m in info["mismatched_keys"])
         if absent:  # transformers would go on with random values
             raise UserError(f"{self.name}: {len(absent)} weight(s) are missing or misshapen, first {absent[0]}")

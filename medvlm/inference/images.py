@@ -53,7 +53,8 @@ def _dicom(data: bytes, path: Path) -> Image.Image:
         _lift_functional_groups(dataset)
         if dataset.PhotometricInterpretation == "PALETTE COLOR":
             pixels = apply_color_lut(pixels, dataset)
-            return Image.fromarray((pixels >> 8 if pixels.dtype.itemsize > 1 else pixels).astype(np.uint8))
+            # 16-bit tables may hold 8-bit entries in either byte, by their writer's or by their reader's byte order
+            return Image.fromarray((pixels >> 8 if pixels.max() > 255 else pixels).astype(np.uint8))
         if pixels.ndim == 3:
             top = 2 ** int(dataset.BitsStored) - 1
             return Image.fromarray(np.rint(pixels * (255 / top)).astype(np.uint8))
@@ -61,12 +62,14 @@ def _dicom(data: bytes, path: Path) -> Image.Image:
         shown = _window(apply_modality_lut(pixels, dataset), dataset, pixels != padding)
         return _to_grey(1 - shown if dataset.PhotometricInterpretation == "MONOCHROME1" else shown)
     except Exception as error:  # pydicom and its decoders raise whatever they like on damaged files
-        reason = " ".join(str(error).split())[:300]
+        reason = " ".join(str(error).split())
+        if "plugins are missing" in reason:
+            reason = "its compression needs `pip install pylibjpeg pylibjpeg-libjpeg pylibjpeg-openjpeg`"
         raise UserError(f"{path}: DICOM image cannot be decoded ({reason})") from error
 
 
 def _lift_functional_groups(dataset) -> None:
-    """Enhanced multi-frame files keep rescale and window per frame: put the first frame's where single frames have it."""
+    """Enhanced multi-frame files keep rescale and window per frame: lift the first frame's to the top level."""
     for groups in ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"):
         for group in list(dataset.get(groups) or [])[:1]:
             for name in ("PixelValueTransformationSequence", "FrameVOILUTSequence"):

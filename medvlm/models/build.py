@@ -43,6 +43,10 @@ class Components:
         return self.processor.tokenizer
 
     @property
+    def chat_template(self) -> str:
+        return self.processor.chat_template  # type: ignore[return-value]  # ours is always one string
+
+    @property
     def image_token_id(self) -> int:
         return self.tokenizer.convert_tokens_to_ids(IMAGE_MARK)
 
@@ -89,7 +93,8 @@ def build_model(
         flash = transformers.utils.is_flash_attn_2_available() and dtype == torch.bfloat16
         attention = "flash_attention_2" if flash else None
     zero3 = bool(deepspeed_config) and deepspeed_config["zero_optimization"]["stage"] == 3  # type: ignore[index]
-    keep_alive, context = None, nullcontext()
+    keep_alive: Any = None
+    context: Any = nullcontext()
     if zero3:
         import deepspeed
         from transformers.integrations import HfDeepSpeedConfig
@@ -117,7 +122,7 @@ def build_model(
         mean=list(image_processor.image_mean),
         std=list(image_processor.image_std),
     )
-    model.keep_alive = keep_alive  # transformers holds the ZeRO-3 switch by a weak reference
+    model.__dict__["keep_alive"] = keep_alive  # transformers holds the ZeRO-3 switch by a weak reference
     return model
 
 
@@ -183,8 +188,10 @@ def _text_config(config: Model) -> Any:
 
 
 def _image_processor(part: Backbone, vision: Any) -> Any:
-    if part.path is not None and (Path(part.path) / "preprocessor_config.json").exists() or (
-        part.path is not None and not Path(part.path).is_dir()
+    if (
+        (part.path is not None
+        and (Path(part.path) / "preprocessor_config.json").exists())
+        or (part.path is not None and not Path(part.path).is_dir())
     ):
         return _load(AutoImageProcessor, part.path, "model.vision_tower")
     cls = getattr(transformers, IMAGE_PROCESSORS[vision.model_type])
@@ -195,7 +202,9 @@ def _image_processor(part: Backbone, vision: Any) -> Any:
 
 
 def _square_size(image_processor: Any) -> int:
-    size = dict(image_processor.crop_size if getattr(image_processor, "do_center_crop", False) else image_processor.size)
+    size = dict(
+        image_processor.crop_size if getattr(image_processor, "do_center_crop", False) else image_processor.size
+    )
     if set(size) != {"height", "width"} or size["height"] != size["width"]:
         raise UserError(f"model.vision_tower: its image processor does not give square images ({size})")
     return size["height"]
@@ -211,9 +220,13 @@ def _probe_vision(vision: Any, size: int, config: Model) -> tuple[int, int, set[
         tower = AutoModel.from_config(vision, attn_implementation="eager")
         pixels = torch.zeros(1, 3, size, size)
     try:
-        features = select_features(tower, pixels, config.vision_tower.feature_layer, config.vision_tower.select_strategy)
+        features = select_features(
+            tower, pixels, config.vision_tower.feature_layer, config.vision_tower.select_strategy
+        )
     except IndexError:
-        raise UserError(f"model.vision_tower.feature_layer: {config.vision_tower.feature_layer} does not exist") from None
+        raise UserError(
+            f"model.vision_tower.feature_layer: {config.vision_tower.feature_layer} does not exist"
+        ) from None
     features.sum().backward()
     unused = {name for name, p in tower.named_parameters() if p.grad is None}
     return features.shape[1], features.shape[2], unused

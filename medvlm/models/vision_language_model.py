@@ -93,20 +93,16 @@ class VisionLanguageModel(nn.Module):
         """The sum of the losses of the supervised tokens (0-dim). Logits are made for those positions only."""
         hidden = self.hidden_states(input_ids, pixel_values, attention_mask, position_ids)
         mask, targets = supervised_positions(labels)
-        return token_cross_entropy_sum(self.head(hidden[mask]), targets, self.softcap)
+        return token_cross_entropy_sum(self.head(hidden[mask]), targets)
 
     def head(self, hidden: Tensor) -> Tensor:
+        """Logits as transformers' LLaVA makes them: Gemma-2's final soft cap, monotonic, is not part of that class."""
         return self.language_model.get_output_embeddings()(hidden)
-
-    @property
-    def softcap(self) -> float | None:
-        return getattr(self.language_model.config, "final_logit_softcapping", None)
 
     @torch.no_grad()
     def logits(self, input_ids: Tensor, pixel_values: Tensor) -> Tensor:
         """[B, T, V] in fp32, for comparisons; training never makes these."""
-        logits = self.head(self.hidden_states(input_ids, pixel_values)).float()
-        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+        return self.head(self.hidden_states(input_ids, pixel_values)).float()
 
     def part_parameters(self, part: str) -> dict[str, nn.Parameter]:
         return dict(getattr(self, part).named_parameters())

@@ -14,9 +14,6 @@ def supervised_positions(labels: Tensor) -> tuple[Tensor, Tensor]:
     return mask, targets[mask]
 
 
-def token_cross_entropy_sum(logits: Tensor, targets: Tensor, softcap: float | None = None) -> Tensor:
-    """logits [S, V] and targets [S] -> the sum of -log p(target), in fp32. ``softcap`` is Gemma-2's c tanh(x / c)."""
-    logits = logits.float()
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
-    return torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
+def token_cross_entropy_sum(logits: Tensor, targets: Tensor) -> Tensor:
+    """logits [S, V] and targets [S] -> the sum of -log p(target), in fp32."""
+    return torch.nn.functional.cross_entropy(logits.float(), targets, reduction="sum")

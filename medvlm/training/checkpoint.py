@@ -105,10 +105,14 @@ def load_weights(model: torch.nn.Module, state: dict[str, torch.Tensor] | None, 
     """Copy full weights into a model, partitioned (ZeRO-3; ``state`` is then needed on rank 0 only) or not."""
     parameters = dict(model.named_parameters())
     if state is not None:
-        wrong = [n for n, p in parameters.items() if n not in state or state[n].shape != getattr(p, "ds_shape", p.shape)]
+        wrong = [
+            n for n, p in parameters.items() if n not in state or state[n].shape != getattr(p, "ds_shape", p.shape)
+        ]
         if wrong:
             some = ", ".join(wrong[:3])
-            raise UserError(f"{where}: is of another model; {len(wrong)} weights are absent or of another shape ({some})")
+            raise UserError(
+                f"{where}: is of another model; {len(wrong)} weights are absent or of another shape ({some})"
+            )
     for name, p in parameters.items():
         if hasattr(p, "ds_id"):
             import deepspeed

@@ -63,7 +63,7 @@ def deepspeed_config(config: RunConfig, world: int) -> dict[str, Any]:
 
 
 def make_dataset(config: RunConfig, parts: Components, paths: list[str], *, training: bool) -> MicroBatches:
-    conversation = ConversationEncoder(parts.tokenizer, parts.processor.chat_template, parts.image_tokens)
+    conversation = ConversationEncoder(parts.tokenizer, parts.chat_template, parts.image_tokens)
     encoder = SampleEncoder(conversation, ImageTransform(parts.processor.image_processor), config.data.max_length)
     return MicroBatches(
         ShardReader(paths),
@@ -159,9 +159,9 @@ def train(config: RunConfig) -> int:
         # a share of few samples says little, so the first hundred are let pass, unless nothing is left of them
         if quarantined > config.data.max_quarantined * max(seen, 100) or not supervised:
             raise UserError(
-                f"step {step + 1}: {quarantined:.0f} of {seen:.0f} samples were quarantined, {supervised:.0f} supervised "
-                f"tokens are left in this batch; data.max_quarantined is {config.data.max_quarantined}, the reasons are "
-                f"in {run}/quarantine-rank*.jsonl"
+                f"step {step + 1}: {quarantined:.0f} of {seen:.0f} samples were quarantined, {supervised:.0f} "
+                f"supervised tokens are left in this batch; data.max_quarantined is {config.data.max_quarantined}, the "
+                f"reasons are in {run}/quarantine-rank*.jsonl"
             )
         factor = learning_rate_factor(step, total, training.warmup_ratio, training.min_learning_rate_ratio)
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):
@@ -179,7 +179,7 @@ def train(config: RunConfig) -> int:
         mean_loss = distributed.sum_over_ranks([loss_sum.item()])[0] / supervised
         if not math.isfinite(mean_loss):
             some = ", ".join(keys[i] for i in batch_numbers[:8])
-            raise UserError(f"step {step + 1}: the loss is {mean_loss}; no update was made; the batch begins with {some}")
+            raise UserError(f"step {step + 1}: the loss is {mean_loss}; no update was made; the batch is {some} ...")
         grad_norm = _plain_grad_norm(engine) if engine.zero_optimization_stage() == 0 else None
         engine.step()
         grad_norm = float(engine.get_global_grad_norm()) if grad_norm is None else grad_norm
@@ -212,7 +212,8 @@ def train(config: RunConfig) -> int:
                 meters.close()
                 print(f"interrupted: checkpoint of step {step} written; start again to go on", flush=True)
             return PREEMPTED
-        if config.data.validation and (step == total or (training.evaluate_every and step % training.evaluate_every == 0)):
+        due = step == total or (training.evaluate_every and step % training.evaluate_every == 0)
+        if config.data.validation and due:
             value = evaluation_loss(engine, config, parts)
             if meters:
                 meters.write({"step": step, "eval_loss": value})

@@ -1,0 +1,178 @@
+"""Each kind of bad input gives one clear sentence and a non-zero exit, or a counted quarantine entry; nothing is lost."""
+
+import json
+import resource
+import shutil
+
+import pytest
+from conftest import launch, medvlm
+from toy import LLAMA, make_recipe, make_shards, make_tokenizer, sample
+
+from medvlm.config.load import load_recipe, recipe_names
+from medvlm.data.shards import ShardReader, write_shards
+from medvlm.errors import UserError
+
+
+@pytest.fixture
+def folder(tmp_path):
+    make_tokenizer(tmp_path / "tokenizer")
+    make_shards(tmp_path / "shards")
+    return tmp_path
+
+
+def fails(recipe, *arguments: str) -> str:
+    output = launch(recipe, *arguments, ranks=1, fails=True)
+    assert "Traceback" not in output
+    return output[output.index("medvlm: error:") :]
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_recipe_is_valid(name):
+    try:
+        load_recipe(name)
+    except UserError as error:
+        assert "is not installed" in str(error)
+        pytest.skip(f"{name}: {error}")
+    load_recipe(name, ["run.name=other"])
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("training.global_batchsize=4", "did you mean 'global_batch_size'?"),
+        ("model.vision_tower.trian=full", "did you mean 'train'?"),
+        ("training.steps=many", "training.steps"),
+        ("training.epochs=2", "exactly one of `epochs` and `steps`"),
+        ("training.zero=zero9", "known: zero0, zero1"),
+        ("training.micro_batch_size=3", "not a multiple of micro_batch_size 3"),
+        ("nonsense", "section.key=value"),
+    ],
+)
+def test_wrong_configuration_names_the_field_and_the_mend(folder, override, words):
+    assert words in medvlm("train", make_recipe(folder), override, status=2)
+
+
+def test_an_unknown_recipe_suggests_the_nearest():
+    assert "did you mean 'phantom-stage1'?" in medvlm("train", "phantom-stag1", status=2)
+
+
+def test_a_missing_shard_folder(folder):
+    assert "no such file or folder" in fails(make_recipe(folder), "data.train=[nowhere]")
+
+
+def test_a_truncated_tar(folder):
+    tar = next((folder / "shards").glob("*.tar"))
+    tar.write_bytes(tar.read_bytes()[: tar.stat().st_size // 2])
+    assert "truncated" in fails(make_recipe(folder))
+    assert "toy-000000.tar" in medvlm("shards", "index", tar, status=2)
+
+
+def test_a_backbone_folder_without_weights(folder):
+    from transformers import AutoConfig
+
+    values = {k: v for k, v in LLAMA.items() if k != "model_type"}
+    AutoConfig.for_model("llama", **values).save_pretrained(folder / "empty")
+    recipe = make_recipe(
+        folder, model__language_model__config=None, model__language_model__path=str(folder / "empty")
+    )
+    output = fails(recipe)
+    assert "model.language_model" in output and "cannot load" in output
+
+
+def test_a_backbone_folder_that_lacks_some_weights(folder):
+    from safetensors.torch import load_file, save_file
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    values = {k: v for k, v in LLAMA.items() if k != "model_type"}
+    AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **values)).save_pretrained(folder / "part")
+    weights = load_file(folder / "part" / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, folder / "part" / "model.safetensors", {"format": "pt"})
+    recipe = make_recipe(folder, model__language_model__config=None, model__language_model__path=str(folder / "part"))
+    assert "lacks 1 weights of the model, among them model.layers.1.mlp.up_proj.weight" in fails(recipe)
+
+
+def damaged_shards(folder, share: int) -> None:
+    """24 samples, every ``share``-th with an image that is a text file."""
+    shutil.rmtree(folder / "shards")
+    items = [sample(i, 1, ["yes"]) for i in range(24)]
+    write_shards(
+        ((s, {"0.png": b"not an image"} if i % share == 0 else files) for i, (s, files) in enumerate(items)),
+        folder / "shards",
+        "toy",
+    )
+
+
+def test_undecodable_images_are_quarantined_and_counted(folder):
+    damaged_shards(folder, 12)
+    launch(make_recipe(folder, training__steps=3, data__max_quarantined=0.1), ranks=1)
+    rows = [json.loads(line) for line in (folder / "runs/run/metrics.jsonl").read_text().splitlines()]
+    quarantine = (folder / "runs/run/quarantine-rank0.jsonl").read_text().splitlines()
+    assert sum(row["quarantined"] for row in rows) == 2 == len(quarantine)
+    assert "cannot be decoded" in quarantine[0]
+    assert [row["images"] for row in rows] == [8 - row["quarantined"] for row in rows], "nothing takes their place"
+
+
+def test_too_many_bad_samples_stop_the_run(folder):
+    damaged_shards(folder, 2)
+    output = fails(make_recipe(folder, data__max_quarantined=0.0))
+    assert "samples were quarantined" in output and "quarantine-rank" in output
+
+
+def test_no_supervised_tokens_is_an_error(folder):
+    assert "0 supervised tokens" in fails(make_recipe(folder, data__max_length=4)).replace("\n", " ")
+
+
+def test_a_checkpoint_of_another_model_or_order_is_refused(folder):
+    recipe = make_recipe(folder, training__steps=2)
+    launch(recipe, ranks=1)
+    other = {**LLAMA, "hidden_size": 64}
+    assert "another model" in fails(make_recipe(folder, training__steps=4, model__language_model__config=other))
+    assert "global batch differ" in fails(make_recipe(folder, training__steps=4, training__global_batch_size=4))
+    assert "world_size 1" in launch(make_recipe(folder, training__steps=4), ranks=2, fails=True)
+    assert "of another model" in fails(
+        make_recipe(
+            folder, "third", model__init_from=str(folder / "runs" / "run"), model__language_model__config=other
+        )
+    )
+
+
+def test_a_lost_checkpoint_is_not_a_silent_restart(folder):
+    recipe = make_recipe(folder, training__steps=2)
+    launch(recipe, ranks=1)
+    checkpoint = folder / "runs/run/checkpoints/step-00000002"
+    (checkpoint / "medvlm.json").unlink()
+    assert "no complete checkpoint" in fails(recipe, "run.resume=require")
+
+
+def test_a_full_disk_while_writing_a_checkpoint_loses_nothing(folder):
+    recipe = make_recipe(folder, training__steps=3)
+    launch(recipe, "training.stop_after=1", ranks=1)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))  # every file is cut at 100 kB, as by a full disk
+    try:
+        output = fails(recipe)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "could not be written" in output and "is the disk full?" in output
+    assert [p.name for p in (folder / "runs/run/checkpoints").glob("step-*")] == ["step-00000001"]
+    launch(recipe, "run.resume=require", ranks=1)
+
+
+def test_shards_need_their_images_and_unique_keys(tmp_path):
+    one, files = sample(0, 1, ["yes"])
+    with pytest.raises(UserError, match="were not given"):
+        write_shards([(one, {})], tmp_path / "a", "toy")
+    with pytest.raises(UserError, match="occurs twice"):
+        write_shards([(one, files), (one, files)], tmp_path / "b", "toy")
+
+
+def test_a_flipped_byte_is_noticed_when_read(folder):
+    tar = next((folder / "shards").glob("*.tar"))
+    reader = ShardReader(folder / "shards")
+    row = reader.table.slice(0, 1).to_pylist()[0]
+    data = bytearray(tar.read_bytes())
+    data[row["offsets"][row["members"].index("0.png")] + 50] ^= 1
+    tar.write_bytes(bytes(data))
+    with pytest.raises(UserError, match="checksum differs"):
+        reader.member(0, "0.png")

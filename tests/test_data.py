@@ -1,0 +1,182 @@
+"""Order, conversation labels, image transforms and batches."""
+
+import json
+import random
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from toy import TEMPLATE, make_shards, make_tokenizer, png, sample
+from transformers import AutoTokenizer, CLIPImageProcessor, SiglipImageProcessor
+
+from medvlm.data.conversation import IGNORE, ConversationEncoder, multimodal_template
+from medvlm.data.images import ImageTransform
+from medvlm.data.loader import Encoded, MicroBatches, SampleEncoder, collate, load_batches, shuffle_turns
+from medvlm.data.order import Order, micro_batches
+from medvlm.data.schema import make_message, parse_sample
+from medvlm.data.shards import ShardReader
+from medvlm.errors import UserError
+
+QWEN3_LIKE = (  # treats the last turn unlike the others, as Qwen3's template does
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
+    "{% if m['role'] == 'assistant' and loop.last %}<think>\n\n</think>\n\n{% endif %}"
+    "{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+LLAMA2_LIKE = (
+    "{% for m in messages %}{% if m['role'] == 'user' %}{{ bos_token + '[INST] ' + m['content'] + ' [/INST]' }}"
+    "{% else %}{{ ' ' + m['content'] + ' ' + eos_token }}{% endif %}{% endfor %}"
+)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(1, 200), st.integers(1, 4), st.integers(1, 5), st.integers(1, 3), st.integers(0, 99))
+def test_an_epoch_drops_and_doubles_nothing_on_any_number_of_ranks(samples, world, micro, accumulation, seed):
+    order = Order(samples, world * micro * accumulation, seed)
+    seen = []
+    for batch in order.global_batches(0, order.steps_per_epoch):
+        shares = [micro_batches(batch, rank, world, micro, accumulation) for rank in range(world)]
+        assert all(len(share) == accumulation for share in shares), "ranks must take the same number of micro-steps"
+        rejoined = [i for j in range(accumulation) for rank in range(world) for i in shares[rank][j]]
+        assert rejoined == batch, "the global batch must not depend on how ranks share it"
+        seen += batch
+    assert sorted(seen) == list(range(samples))
+
+
+def test_the_order_can_be_entered_at_any_step():
+    order = Order(37, 8, seed=3)
+    whole = list(order.global_batches(0, 20))
+    assert list(order.global_batches(13, 20)) == whole[13:]
+    assert whole[0] != whole[5], "epochs are shuffled differently"
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    tokenizer = AutoTokenizer.from_pretrained(make_tokenizer(tmp_path_factory.mktemp("tokenizer")))
+    tokenizer.add_tokens(["<image>", "<|im_start|>", "<|im_end|>"], special_tokens=True)
+    return tokenizer
+
+
+def supervised(tokenizer, ids, labels) -> list[str]:
+    runs, last = [], False
+    for token, label in zip(ids, labels, strict=True):
+        assert label in (IGNORE, token)
+        if label != IGNORE:
+            runs = [*runs[:-1], [*runs[-1], token]] if last else [*runs, [token]]
+        last = label != IGNORE
+    return [tokenizer.decode(run) for run in runs]
+
+
+TURNS = [("user", "<image>\nis yes there?"), ("assistant", "yes yes"), ("user", "yes yes"), ("assistant", "no é 肺")]
+
+
+@pytest.mark.parametrize(
+    ("template", "end"), [(TEMPLATE, "</s>"), (None, "</s>"), (QWEN3_LIKE, "<|im_end|>"), (LLAMA2_LIKE, " </s>")]
+)
+def test_exactly_the_assistant_turns_and_their_ends_are_supervised(tokenizer, template, end):
+    encoder = ConversationEncoder(tokenizer, multimodal_template(template), image_tokens=5)
+    ids, labels = encoder([make_message(*turn) for turn in TURNS])
+    answers = [text.strip() for text in supervised(tokenizer, ids, labels)]
+    assert answers == [f"yes yes{end}".strip(), f"no é 肺{end}".strip()]
+    assert ids.count(tokenizer.convert_tokens_to_ids("<image>")) == 5
+
+
+def test_ids_are_those_of_the_whole_rendered_conversation(tokenizer):
+    template = multimodal_template(TEMPLATE)
+    encoder = ConversationEncoder(tokenizer, template, image_tokens=1)
+    messages = [make_message(*turn) for turn in TURNS]
+    plain = [{"role": m.role, "content": [p.model_dump() for p in m.content]} for m in messages]
+    text = tokenizer.apply_chat_template(plain, chat_template=template, tokenize=False)
+    assert encoder(messages)[0] == tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def test_a_template_without_an_end_of_turn_is_refused(tokenizer):
+    endless = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
+    encoder = ConversationEncoder(tokenizer, multimodal_template(endless), 1)
+    with pytest.raises(UserError, match="eos_token"):
+        encoder([make_message(*turn) for turn in TURNS])
+
+
+@pytest.mark.parametrize("size", [(40, 40), (97, 61), (50, 133)])
+@pytest.mark.parametrize(
+    "processor",
+    [
+        SiglipImageProcessor(size={"height": 32, "width": 32}),
+        CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}),
+    ],
+    ids=["siglip", "clip"],
+)
+def test_pixels_equal_the_exported_image_processors(tmp_path, processor, size):
+    Image.effect_noise(size, 80).save(tmp_path / "x.png")
+    ours = ImageTransform(processor)((tmp_path / "x.png").read_bytes(), "x")
+    its = processor(Image.open(tmp_path / "x.png").convert("RGB"), return_tensors="pt")["pixel_values"][0]
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (processor.image_mean, processor.image_std))
+    assert ours.dtype == torch.uint8
+    assert torch.allclose((ours / 255 - mean) / std, its, atol=1e-5)
+
+
+def test_padding_free_rows_restart_positions_and_never_predict_across_segments():
+    samples = [Encoded([5, 6, 7], [5, 6, 7]), Encoded([8, 9], [8, 9])]
+    batch = collate(samples, 0, 32, padding_free=True)
+    assert batch.position_ids.tolist() == [[0, 1, 2, 0, 1]]
+    assert batch.labels.tolist() == [[IGNORE, 6, 7, IGNORE, 9]]
+    assert batch.attention_mask is None and batch.supervised_tokens == 3
+    assert collate(samples, 0, 32, padding_free=False).supervised_tokens == 3
+
+
+def test_shuffled_turns_keep_pairs_and_lead_with_the_image():
+    messages = sample(0, 1, ["yes", "no", "left"])[0].messages
+    turned = shuffle_turns(messages, random.Random(1))
+    pairs = {(u.text, a.text) for u, a in zip(messages[::2], messages[1::2], strict=True)}
+    assert {(u.text, a.text) for u, a in zip(turned[::2], turned[1::2], strict=True)} == pairs
+    assert [m.n_images for m in turned if m.role == "user"] == [1, 0, 0] and turned != messages
+
+
+@pytest.fixture
+def dataset(tmp_path, tokenizer) -> MicroBatches:
+    make_shards(tmp_path / "shards")
+    conversation = ConversationEncoder(tokenizer, multimodal_template(TEMPLATE), 4)
+    encoder = SampleEncoder(conversation, ImageTransform(SiglipImageProcessor(size={"height": 32, "width": 32})), 60)
+    return MicroBatches(ShardReader(tmp_path / "shards"), encoder, 3, 32)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_come_in_order_whatever_the_workers(dataset, workers):
+    work = [[(3, 0), (4, 0)], [], [(5, 0)]]
+    batches = list(load_batches(dataset, iter(work), workers))
+    assert [b.keys for b in batches] == [["s0003", "s0004"], [], ["s0005"]]
+    assert batches[1].supervised_tokens == 0 and batches[1].pixel_values.shape == (0, 3, 32, 32)
+
+
+def test_unusable_samples_keep_their_place_and_are_named(dataset):
+    batch = dataset[[(0, 0), (9, 0)]]  # the tenth has the longest answer: over 60 tokens
+    assert batch.keys == ["s0000", "s0009"]
+    assert [key for key, _ in batch.quarantined] == ["s0009"]
+    assert "exceed data.max_length=60" in batch.quarantined[0][1]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"images": []}, "refers to 1 image"),
+        ({"messages": [{"role": "assistant", "content": "  "}]}, "non-empty text"),
+        ({"messages": []}, "neither a conversation nor a report"),
+        ({"lables": {}}, "lables"),
+        ({"split": "dev"}, "split"),
+        ({"boxes": [{"label": "x", "xyxy": [0, 0, 1, 1], "image": 4}]}, "refers to image 4"),
+    ],
+)
+def test_schema_errors_name_the_file_and_the_field(change, message):
+    record = json.loads(sample(0, 1, ["yes"])[0].model_dump_json()) | change
+    with pytest.raises(UserError, match=message) as error:
+        parse_sample(json.dumps(record), "a.tar:s.json")
+    assert "a.tar:s.json" in str(error.value)
+
+
+def test_an_undecodable_image_is_named(dataset):
+    with pytest.raises(UserError, match="image 0: image cannot be decoded"):
+        dataset.encoder(*(lambda s, m: (s, [b"not an image"]))(*sample(0, 1, ["yes"])))
+    with pytest.raises(UserError, match="cannot be decoded"):
+        dataset.encoder(sample(0, 1, ["yes"])[0], [png(0)[:200]])
