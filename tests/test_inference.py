@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 from pydicom.dataset import FileMetaDataset
-from pydicom.uid import ExplicitVRLittleEndian, SecondaryCaptureImageStorage
+from pydicom.uid import ExplicitVRLittleEndian, SecondaryCaptureImageStorage, generate_uid
 from toy import make_tokenizer
 from transformers import (
     AutoTokenizer,
@@ -32,7 +32,7 @@ CHAT_TEMPLATE = (
 
 
 def make_stock_folder(folder, seed=0):
-    """A random LLaVA of transformers' own classes (CLIP tower, Llama): 4 image tokens, weights large enough to matter."""
+    """A random LLaVA of transformers' own classes (CLIP, Llama): 4 image tokens, weights large enough to matter."""
     tokenizer = AutoTokenizer.from_pretrained(make_tokenizer(folder.with_name(folder.name + "-tokenizer")))
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
     size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -84,7 +84,7 @@ def write_dicom(path, pixels, photometric="MONOCHROME2", **elements):
     dataset.file_meta = FileMetaDataset()
     dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
     dataset.file_meta.MediaStorageSOPClassUID = SecondaryCaptureImageStorage
-    dataset.SOPClassUID = SecondaryCaptureImageStorage
+    dataset.SOPClassUID, dataset.SOPInstanceUID = SecondaryCaptureImageStorage, generate_uid()
     dataset.Rows, dataset.Columns = pixels.shape
     dataset.SamplesPerPixel, dataset.PhotometricInterpretation = 1, photometric
     dataset.BitsAllocated, dataset.BitsStored, dataset.HighBit = 16, 16, 15

@@ -56,17 +56,20 @@ phantoms. These numbers show that the pipeline works; they say nothing about pat
 <td class="n">{{ r.last }}</td><td class="n">{{ r.evaluation }}</td><td class="n">{{ r.speed }}</td></tr>{% endfor %}
 </table></div>{% endif %}
 <h2>Scores beside their controls</h2>
-<p class="note">In per cent. Indented grey lines are controls: what the same questions score without looking at the right
-image. A gain whose interval holds 0 is no evidence that the model uses the image. Intervals are 95 % bootstrap intervals
-that draw whole patients.</p>
-<div class="panel"><table><tr><th>measure</th><th class="n">value</th><th class="n">95 % interval</th><th class="n">n</th></tr>
+<p class="note">In per cent. Indented grey lines are controls: what the same questions score without looking at the
+right image. A gain whose interval holds 0 is no evidence that the model uses the image. Intervals are 95 % bootstrap
+intervals that draw whole patients.</p>
+<div class="panel"><table>
+<tr><th>measure</th><th class="n">value</th><th class="n">95 % interval</th><th class="n">n</th></tr>
 {% for row in rows %}<tr class="{{ 'control' if row.control else '' if row.label[0] == ' ' else 'score' }}">
 <td{% if row.label[0] == ' ' %} class="sub"{% endif %}>{{ row.label.strip() }}</td><td class="n">{{ row.shown }}</td>
 <td class="n">{{ row.interval_shown }}</td><td class="n">{{ row.n }}</td></tr>{% endfor %}</table></div>
-{% if results.by_question_type and results.by_question_type | length > 1 %}<h2>By question type</h2><div class="panel"><table>
+{% if results.by_question_type and results.by_question_type | length > 1 %}
+<h2>By question type</h2><div class="panel"><table>
 <tr><th>type</th><th class="n">n</th><th class="n">closed accuracy</th><th class="n">open token recall</th></tr>
 {% for name, t in results.by_question_type.items() %}<tr><td>{{ name }}</td><td class="n">{{ t.n }}</td>
-<td class="n">{{ percent(t.closed_accuracy) }}</td><td class="n">{{ percent(t.open_token_recall) }}</td></tr>{% endfor %}
+<td class="n">{{ percent(t.closed_accuracy) }}</td><td class="n">{{ percent(t.open_token_recall) }}</td></tr>
+{% endfor %}
 </table></div>{% endif %}
 {% if cards %}<h2>Examples</h2>
 <p class="note">Taken at equal distances through the questions with images, not chosen by their answers.</p>
@@ -75,7 +78,8 @@ that draw whole patients.</p>
 <dt>question</dt><dd class="question">{{ c.row.question }}</dd><dt>gold answer</dt><dd>{{ c.row.gold }}</dd>
 <dt>model</dt><dd class="{{ 'right' if c.row.correct else 'wrong' }}">{{ c.row.answer or '(empty)' }}
 <span class="mark">{{ c.mark }}</span></dd>
-{% if c.row.blank_answer is defined %}<dt>with a blank image</dt><dd>{{ c.row.blank_answer or '(empty)' }}</dd>{% endif %}
+{% if c.row.blank_answer is defined %}<dt>with a blank image</dt>
+<dd>{{ c.row.blank_answer or '(empty)' }}</dd>{% endif %}
 </dl></article>{% endfor %}</div>{% endif %}
 {% if extra %}<h2>How this was made</h2><div class="panel"><table>{% for name, value in extra.items() %}
 <tr><th>{{ name }}</th><td>{{ value }}</td></tr>{% endfor %}</table></div>{% endif %}
