@@ -27,7 +27,7 @@ step tokenizer medvlm prepare tokenizer $out/data/tokenizer --shards $out/data/t
 step stage1 train phantom-stage1 stage1
 step stage2-first-part train phantom-stage2 stage2 training.stop_after="${STOP_AFTER:-800}" # an interruption, ...
 step stage2-resumed train phantom-stage2 stage2 run.resume=require                          # ... and the resume
-step export medvlm export $out/stage2 --out $out/model
+step export bash -ec "medvlm export $out/stage2 --out $out/model --json > $out/export.partial; tail -n 1 $out/export.partial > $out/export.json; rm $out/export.partial"
 step evaluate medvlm evaluate $out/model --task vqa --data $out/data/test --limit 600 --max-new-tokens 8 \
     --batch-size 64 --out $out/evaluation
 step report python launchers/quickstart_report.py $out

@@ -14,6 +14,7 @@ from medvlm.data.schema import Sample
 from medvlm.data.shards import ShardReader, write_shards
 from medvlm.errors import UserError
 from medvlm.evaluation import metrics, vqa
+from medvlm.evaluation.questions import GREY, donors, load_questions
 from medvlm.evaluation.report import write_report
 
 
@@ -127,7 +128,7 @@ def test_the_interval_has_the_width_theory_gives_and_widens_with_dependent_answe
 
 def test_every_assistant_turn_is_a_question_of_its_own_with_all_images_first():
     reader = Reader(toy_items(3, images=lambda i: 2))
-    questions = vqa.load_questions(reader)
+    questions = load_questions(reader)
     assert [(q.key, q.turn, q.answer_type) for q in questions[:2]] == [("s0000", 0, "closed"), ("s0000", 1, "open")]
     oracle = Oracle(questions)
     vqa.evaluate(oracle, questions)
@@ -142,21 +143,21 @@ def test_a_question_without_a_type_is_closed_if_its_gold_is_yes_or_no():
     for s, _ in items:
         for m in s.messages:
             object.__setattr__(m, "answer_type", None)
-    assert [q.answer_type for q in vqa.load_questions(Reader(items))] == ["closed", "open"] * 2
+    assert [q.answer_type for q in load_questions(Reader(items))] == ["closed", "open"] * 2
 
 
 @pytest.mark.parametrize(
     ("count", "patients", "images"), [(12, 12, 1), (12, 5, 1), (9, 2, 1), (10, 3, 3), (3, 2, 2)], ids=str
 )
 def test_no_question_keeps_an_image_of_its_own_patient(count, patients, images):
-    questions = vqa.load_questions(Reader(toy_items(count, patients, lambda i: images)))
+    questions = load_questions(Reader(toy_items(count, patients, lambda i: images)))
     for seed in range(5):
-        places = vqa.donors(questions, seed)
+        places = donors(questions, seed)
         assert len(places) == count * images
         by_key = {q.key: q for q in questions}
         for (key, _), (i, _) in places.items():
             assert questions[i].group != by_key[key].group
-        assert places == vqa.donors(questions, seed)
+        assert places == donors(questions, seed)
         if 2 * max(-(-count // patients), 1) <= count:
             assert len(set(places.values())) == count * images, "a permutation shows every image once"
 
@@ -165,14 +166,14 @@ def test_one_dominant_patient_still_never_sees_its_own_image():
     items = toy_items(10, 10)
     for s, _ in items[:8]:
         object.__setattr__(s, "patient_id", "dominant")
-    questions = vqa.load_questions(Reader(items))
+    questions = load_questions(Reader(items))
     by_key = {q.key: q for q in questions}
-    for (key, _), (i, _) in vqa.donors(questions, 0).items():
+    for (key, _), (i, _) in donors(questions, 0).items():
         assert questions[i].group != by_key[key].group
 
 
 def test_a_single_patient_has_no_shuffled_control():
-    questions = vqa.load_questions(Reader(toy_items(4, 1)))
+    questions = load_questions(Reader(toy_items(4, 1)))
     results, rows = vqa.evaluate(Oracle(questions), questions)
     assert results["shuffled_image_accuracy"] is None and "shuffled_answer" not in rows[0]
     assert results["blank_image_accuracy"] == 0.5
@@ -180,7 +181,7 @@ def test_a_single_patient_has_no_shuffled_control():
 
 def test_controls_show_what_the_image_is_worth():
     items = toy_items(12)
-    questions = vqa.load_questions(Reader(items))
+    questions = load_questions(Reader(items))
     sighted, rows = vqa.evaluate(Oracle(questions, blind="yes"), questions)
     assert sighted["closed_accuracy"] == 1 and sighted["open_token_recall"] == 1
     assert sighted["blank_image_accuracy"] == 0.5 == sighted["majority_accuracy"]
@@ -199,23 +200,25 @@ def test_controls_show_what_the_image_is_worth():
 
 
 def test_the_blank_image_is_grey_and_of_the_same_size():
-    questions = vqa.load_questions(Reader(toy_items(2)))
+    questions = load_questions(Reader(toy_items(2)))
     oracle = Oracle(questions)
     vqa.evaluate(oracle, questions)
     (image,), _ = oracle.calls[1][0]
-    assert image.size == (40, 40) and image.getextrema() == (vqa.GREY, vqa.GREY)
+    assert image.size == (40, 40) and image.getextrema() == (GREY, GREY)
 
 
 def test_text_only_samples_are_asked_and_left_out_of_the_controls():
-    questions = vqa.load_questions(Reader(toy_items(8, images=lambda i: i % 2)))
+    questions = load_questions(Reader(toy_items(8, images=lambda i: i % 2)))
     results, rows = vqa.evaluate(Oracle(questions), questions)
     assert results["n_closed"] == 8 and results["n_closed_with_image"] == 4
+    assert results["closed_accuracy"] == 0.5 and results["closed_accuracy_with_image"] == 1
+    assert any("questions with images" in row.label for row in vqa.table(results))
     without = [row for row in rows if not row["images"]]
     assert len(without) == 8 and not any("blank_answer" in row or "shuffled_answer" in row for row in without)
 
 
 def test_majority_by_wording_comes_from_the_training_shards():
-    test, train = vqa.load_questions(Reader(toy_items(4))), toy_items(9)
+    test, train = load_questions(Reader(toy_items(4))), toy_items(9)
     results, _ = vqa.evaluate(Oracle(test), test, train_reader=Reader(train))
     assert results["majority_by_question_accuracy"] == 0.5  # one wording; "yes" 5 of 9 in training, 2 of 4 here
     assert results["majority_answer"] in ("yes", "no") and results["closed_gold_counts"] == {"yes": 2, "no": 2}
@@ -223,18 +226,18 @@ def test_majority_by_wording_comes_from_the_training_shards():
 
 def test_a_limit_draws_the_same_questions_for_the_same_seed():
     reader = Reader(toy_items(12))
-    first, again, other = (vqa.load_questions(reader, 6, seed) for seed in (0, 0, 1))
+    first, again, other = (load_questions(reader, 6, seed) for seed in (0, 0, 1))
     assert first == again != other and len(first) == 6
 
 
 def test_nothing_to_ask_is_an_error():
     s = Sample(key="a", source="t", license="CC0-1.0", split="test", report={"findings": "clear"})
     with pytest.raises(UserError, match="no questions"):
-        vqa.load_questions(Reader([(s, {})]))
+        load_questions(Reader([(s, {})]))
 
 
 def test_a_single_kind_of_question_leaves_the_other_kinds_scores_undefined():
-    questions = [q for q in vqa.load_questions(Reader(toy_items(4))) if not q.closed]
+    questions = [q for q in load_questions(Reader(toy_items(4))) if not q.closed]
     results, _ = vqa.evaluate(Oracle(questions), questions)
     assert results["closed_accuracy"] is None and results["majority_accuracy"] is None
     assert all(row.label.startswith(("open", "  ")) for row in vqa.table(results))

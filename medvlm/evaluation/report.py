@@ -9,7 +9,7 @@ from typing import Any
 
 from medvlm.errors import UserError
 from medvlm.evaluation import TASKS
-from medvlm.evaluation.vqa import Reader
+from medvlm.evaluation.questions import Reader
 from medvlm.inference.images import decode_image
 
 MAX_POINTS = 400  # of a loss curve; longer ones are averaged in equal pieces
@@ -165,13 +165,12 @@ def _loss_curves(logs: Mapping[str, list[dict[str, Any]]]) -> str:
 
 
 def _smooth(values: Sequence[float]) -> list[float]:
-    """Exponential average over about a tenth of the curve, corrected for its start (Adam's bias correction)."""
-    keep = 1 - 1 / max(2.0, len(values) / 10)
-    out, total = [], 0.0
-    for i, value in enumerate(values, start=1):
-        total = keep * total + (1 - keep) * value
-        out.append(total / (1 - keep**i))
-    return out
+    """Centred mean over a twentieth of the curve, fewer points at its ends: unlike an exponential average, no lag."""
+    half = max(1, len(values) // 40)
+    windows = [
+        values[max(0, i - w) : i + w + 1] for i in range(len(values)) for w in [min(half, i, len(values) - 1 - i)]
+    ]
+    return [sum(window) / len(window) for window in windows]
 
 
 def _training_row(name: str, lines: list[dict[str, Any]]) -> dict[str, Any]:
