@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import cv2
 import numpy as np
@@ -48,7 +48,7 @@ def make_study(
     findings = easy_findings(person) if preset == "easy" else full_findings(person)
     if study:
         findings = tuple(_progress(f, rng) for f in findings if rng.random() < 0.75)
-    build = {
+    build: dict[str, Any] = {
         "width": person.uniform(0.78, 0.88),
         "lung": person.uniform(0.29, 0.325),
         "top": person.uniform(-0.76, -0.7),
@@ -68,9 +68,7 @@ def make_study(
     picture, found = draw(anatomy, width, height, rng)
     _marker(picture, view, rng)
     members, file = _encode(picture, bits)
-    boxes = [
-        {"label": findings[n].name, "xyxy": box} for n, mask in found.items() if (box := _box(mask)) is not None
-    ]
+    boxes = [{"label": findings[n].name, "xyxy": box} for n, mask in found.items() if (box := _box(mask)) is not None]
     if masks:
         label_map = np.zeros(picture.shape, np.uint8)
         for n, mask in found.items():
@@ -78,9 +76,7 @@ def make_study(
         members["0.mask.png"] = _png(label_map)
     key = f"phantom-p{patient:06d}-s{study}"
     report = write_report(findings, view, sex, age, rng, study > 0)
-    messages = (
-        easy_messages(findings, rng) if preset == "easy" else full_messages(findings, view, report, rng)
-    )
+    messages = easy_messages(findings, rng) if preset == "easy" else full_messages(findings, view, report, rng)
     sample = Sample.model_validate(
         {
             "key": key,
@@ -163,11 +159,12 @@ def _marker(picture: np.ndarray, view: str, rng: np.random.Generator) -> None:
     if height < 128 or rng.random() < 0.2:
         return
     letter, x = ("R", 0.03) if rng.random() < 0.7 else ("L", 0.93)
-    scale = height / 500
-    cv2.putText(picture, letter, (int(x * width), int(0.14 * height)), cv2.FONT_HERSHEY_SIMPLEX, scale, 1.0, 2)
+    scale, lead = height / 500, np.zeros(picture.shape, np.uint8)
+    cv2.putText(lead, letter, (int(x * width), int(0.14 * height)), cv2.FONT_HERSHEY_SIMPLEX, scale, 255, 2)
     if view == "AP":
         where = (int(0.8 * width), int(0.06 * height))
-        cv2.putText(picture, "AP", where, cv2.FONT_HERSHEY_SIMPLEX, 0.8 * scale, 1.0, 1)
+        cv2.putText(lead, "AP", where, cv2.FONT_HERSHEY_SIMPLEX, 0.8 * scale, 255, 1)
+    picture[lead > 127] = 1.0
 
 
 def _encode(picture: np.ndarray, bits: int) -> tuple[dict[str, bytes], str]:
@@ -220,7 +217,7 @@ def generate(
     masks: bool = False,
     workers: int = 2,
 ) -> dict[str, int]:
-    """Write ``out/train``, ``out/validation``, ``out/test``; the same bytes whatever ``workers``. Returns the counts."""
+    """Write ``out/train``, ``out/validation``, ``out/test``, the same bytes for any ``workers``; returns counts."""
     options = {"width": width or size, "height": height or size, "preset": preset, "bits": bits, "masks": masks}
     jobs = _studies(images, seed)
     counts = {}

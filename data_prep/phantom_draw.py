@@ -45,7 +45,7 @@ def soft(value: np.ndarray, edge: float) -> np.ndarray:
 
 
 def draw(a: Anatomy, width: int, height: int, rng: np.random.Generator) -> tuple[np.ndarray, dict[int, np.ndarray]]:
-    """Picture float32 [height, width] in 0..1 (bone white) and, by number of the finding, its mask bool [height, width]."""
+    """Picture float32 [height, width] in 0..1 (bone white) and the findings' masks by number, bool."""
     x = np.linspace(-1, 1, width, dtype=np.float32)[None, :]
     y = np.linspace(-1, 1, height, dtype=np.float32)[:, None]
     x = x + a.rotation * (y + 0.2)
@@ -65,9 +65,8 @@ def draw(a: Anatomy, width: int, height: int, rng: np.random.Generator) -> tuple
     picture = np.maximum(picture, picture * (1 - heart) + heart * 0.62)
     # Posterior ribs slope down and outwards; one periodic field draws them all.
     phase = (y - 0.35 * np.abs(x) ** 1.5 + a.rib_phase) / 0.155
-    picture = picture + 0.075 * np.clip(np.cos(2 * np.pi * phase), 0, 1) ** 2 * soft(a.width - 0.06 - np.abs(x), 0.03) * (
-        soft(a.base - y, 0.05) * soft(y + 0.8, 0.05)
-    )
+    cage = soft(a.width - 0.06 - np.abs(x), 0.03) * soft(a.base - y, 0.05) * soft(y + 0.8, 0.05)
+    picture = picture + 0.075 * np.clip(np.cos(2 * np.pi * phase), 0, 1) ** 2 * cage
     clavicle = np.abs(y + 0.7 + 0.16 * np.abs(x)) - 0.028
     picture = picture + 0.16 * soft(-clavicle, 0.012) * soft(0.72 - np.abs(x), 0.03) * soft(np.abs(x) - 0.07, 0.02)
     masks: dict[int, np.ndarray] = {}
@@ -105,11 +104,11 @@ def heart_field(a: Anatomy, x: np.ndarray, y: np.ndarray, ratio: float, edge: fl
 def _effusion(f, a, picture, x, y, lungs, edge):  # type: ignore[no-untyped-def]
     sign = SIDES[f.side]
     outer = sign * (0.13 + 2 * a.lung)
-    level = dome(a, x, sign) * 0 + a.base + 0.05 - f.size * (a.base - a.top)
-    meniscus = level - 0.12 * np.exp(-((x - outer) / 0.16) ** 2) + 0.05 * np.exp(-((x - sign * 0.2) / 0.16) ** 2)
+    level = a.base + 0.05 - f.size * (a.base - a.top)
+    meniscus = level - 0.12 * np.exp(-(((x - outer) / 0.16) ** 2)) + 0.05 * np.exp(-(((x - sign * 0.2) / 0.16) ** 2))
     whole = lung_field(_deep(a), x, y, sign, edge)
     mask = whole * soft(y - meniscus, edge)
-    return picture * (1 - mask) + mask * (0.66 + 0 * picture), mask
+    return picture * (1 - mask) + mask * 0.66, mask
 
 
 def _deep(a: Anatomy) -> Anatomy:
@@ -120,8 +119,7 @@ def _deep(a: Anatomy) -> Anatomy:
 def _pneumothorax(f, a, picture, x, y, lungs, edge):  # type: ignore[no-untyped-def]
     sign = SIDES[f.side]
     inner = Anatomy(a.width, a.lung * (1 - f.size), a.top + 0.9 * f.size, a.base)
-    shift = sign * 2 * a.lung * f.size * 0.0
-    collapsed = lung_field(inner, x + shift, y, sign, edge)
+    collapsed = lung_field(inner, x, y, sign, edge)
     air = np.clip(lungs[f.side] - collapsed, 0, 1) * soft(0.32 - y, 0.1)
     line = np.exp(-(((collapsed - 0.5) / 0.3) ** 2)) * lungs[f.side] * soft(0.32 - y, 0.1)
     return picture * (1 - air) + air * 0.04 + 0.12 * line * (1 - air), air
@@ -158,10 +156,9 @@ def _edema(f, a, picture, x, y, lungs, edge):  # type: ignore[no-untyped-def]
 
 
 def _atelectasis(f, a, picture, x, y, lungs, edge):  # type: ignore[no-untyped-def]
-    sign = SIDES[f.side]
     band = np.abs(y - ZONES[f.zone] - 0.12 - 0.12 * (np.abs(x) - 0.4)) - 0.022
     mask = soft(-band, edge) * lungs[f.side] * soft(0.22 - np.abs(np.abs(x) - 0.42), 0.03)
-    return picture + 0.26 * mask + 0 * sign, mask
+    return picture + 0.26 * mask, mask
 
 
 FINDINGS = {

@@ -94,6 +94,7 @@ def evaluate(
     data: Annotated[list[Path], typer.Option(help="Shard folders or tars; may be given several times.")],
     task: Annotated[str, typer.Option(help="What to evaluate.")] = "vqa",
     out: Annotated[Path | None, typer.Option(help="Folder for results.json and predictions.jsonl.")] = None,
+    train_data: Annotated[list[Path] | None, typer.Option(help="Training shards, for a control.")] = None,
     limit: Annotated[int | None, typer.Option(help="At most this many questions.")] = None,
     batch_size: int = 16,
     max_new_tokens: int = 32,
@@ -113,6 +114,7 @@ def evaluate(
         max_new_tokens=max_new_tokens,
         seed=seed,
         as_json=as_json,
+        train_data=train_data,
     )
 
 

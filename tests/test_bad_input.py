@@ -1,4 +1,4 @@
-"""Each kind of bad input gives one clear sentence and a non-zero exit, or a counted quarantine entry; nothing is lost."""
+"""Bad input gives one clear sentence and a non-zero exit, or a counted quarantine entry; nothing is lost."""
 
 import json
 import resource
@@ -72,9 +72,7 @@ def test_a_backbone_folder_without_weights(folder):
 
     values = {k: v for k, v in LLAMA.items() if k != "model_type"}
     AutoConfig.for_model("llama", **values).save_pretrained(folder / "empty")
-    recipe = make_recipe(
-        folder, model__language_model__config=None, model__language_model__path=str(folder / "empty")
-    )
+    recipe = make_recipe(folder, model__language_model__config=None, model__language_model__path=str(folder / "empty"))
     output = fails(recipe)
     assert "model.language_model" in output and "cannot load" in output
 
@@ -131,9 +129,7 @@ def test_a_checkpoint_of_another_model_or_order_is_refused(folder):
     assert "global batch differ" in fails(make_recipe(folder, training__steps=4, training__global_batch_size=4))
     assert "world_size 1" in launch(make_recipe(folder, training__steps=4), ranks=2, fails=True)
     assert "of another model" in fails(
-        make_recipe(
-            folder, "third", model__init_from=str(folder / "runs" / "run"), model__language_model__config=other
-        )
+        make_recipe(folder, "third", model__init_from=str(folder / "runs" / "run"), model__language_model__config=other)
     )
 
 

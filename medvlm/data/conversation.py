@@ -1,8 +1,9 @@
 """Conversation -> token ids and labels, through the tokenizer's own chat template.
 
-Which tokens are supervised is known by construction. The template is rendered once per pattern of roles with
-private-use placeholders in place of the contents; the rendered text is thus a list of literal pieces and slots, so the
-character span of every assistant turn is exact, and the tokenizer's offsets map spans to tokens. No text is ever searched again.
+Which tokens are supervised is known by construction. The template is rendered once per pattern of roles with private-
+use placeholders in place of the contents; the rendered text is thus a list of literal pieces and slots, so the
+character span of every assistant turn is exact, and the tokenizer's offsets map spans to tokens. No text is ever
+searched again.
 """
 
 import re

@@ -79,7 +79,7 @@ def build_components(config: Model) -> Components:
         vision_feature_select_strategy=config.vision_tower.select_strategy,
         num_additional_image_tokens=tokens + dropped - grid,
         image_token=IMAGE_MARK,
-        chat_template=multimodal_template(tokenizer.chat_template),
+        chat_template=_with_bos(tokenizer, multimodal_template(tokenizer.chat_template)),
     )
     return Components(processor, vision, text, tokens, dim, size, unused)
 
@@ -156,6 +156,12 @@ def _load(auto: Any, path: str, field: str, **options: Any) -> Any:
         raise UserError(f"{field}: cannot load {path}: {reason}") from error
 
 
+def _with_bos(tokenizer: Any, template: str) -> str:
+    """A tokenizer that begins every text with BOS by itself must be trained so: its template then prints BOS."""
+    adds = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+    return "{{ bos_token }}" + template if adds and "bos_token" not in template else template
+
+
 def _gguf(config: Model) -> dict[str, str]:
     return {"gguf_file": config.language_model.gguf_file} if config.language_model.gguf_file else {}
 
@@ -188,10 +194,8 @@ def _text_config(config: Model) -> Any:
 
 
 def _image_processor(part: Backbone, vision: Any) -> Any:
-    if (
-        (part.path is not None
-        and (Path(part.path) / "preprocessor_config.json").exists())
-        or (part.path is not None and not Path(part.path).is_dir())
+    if (part.path is not None and (Path(part.path) / "preprocessor_config.json").exists()) or (
+        part.path is not None and not Path(part.path).is_dir()
     ):
         return _load(AutoImageProcessor, part.path, "model.vision_tower")
     cls = getattr(transformers, IMAGE_PROCESSORS[vision.model_type])
