@@ -22,6 +22,7 @@ from medvlm.errors import UserError
 from medvlm.models.build import Components, build_components, build_model
 from medvlm.models.trainable import apply_trainable
 from medvlm.training import checkpoint, distributed
+from medvlm.training.engine import lift_scalars
 from medvlm.training.meters import Meters, peak_memory_gib, print_parts
 from medvlm.training.optimizer import learning_rate_factor, make_optimizer, parameter_groups
 
@@ -103,6 +104,7 @@ def train(config: RunConfig) -> int:
         source = checkpoint.newest(Path(config.model.init_from))
         state = checkpoint.consolidate(source) if rank == 0 or ds_config["zero_optimization"]["stage"] < 3 else None
         checkpoint.load_weights(model, state, str(source))
+    lift_scalars(model)
     summaries = apply_trainable(model, config.model, parts.unused_vision_parameters)
     groups = parameter_groups(model, config)
     peaks, group_names = [g["lr"] for g in groups], [g["name"] for g in groups]

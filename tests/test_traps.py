@@ -1,0 +1,136 @@
+"""DeepSpeed and transformers traps that bite silently and have no place in another test file."""
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+
+import torch
+from conftest import REPO
+from toy import LLAMA, make_recipe, make_tokenizer
+
+from medvlm.config.load import load_recipe
+from medvlm.models.build import build_components, build_model
+
+
+def two_ranks(script: str, tmp_path) -> list[dict]:
+    """Run a script on two ranks; each prints one JSON line."""
+    (tmp_path / "script.py").write_text(textwrap.dedent(script))
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nproc-per-node",
+            "2",
+            "--standalone",
+            tmp_path / "script.py",
+        ],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"},
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr[:4000]
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+
+
+def test_segments_of_a_padding_free_row_do_not_see_each_other(tmp_path):
+    """transformers builds the block mask from position_ids only without a mask and without a cache."""
+    make_tokenizer(tmp_path / "tokenizer")
+    config = load_recipe(str(make_recipe(tmp_path)))
+    model = build_model(config.model, build_components(config.model), torch.float32)  # in train mode
+    first, second = torch.randint(5, 250, (1, 7)), torch.randint(5, 250, (1, 9))
+    none = torch.zeros(0, 3, 32, 32, dtype=torch.uint8)
+    positions = torch.tensor([[*range(7), *range(9)]])
+    packed = model.hidden_states(torch.cat([first, second], 1), none, position_ids=positions)
+    assert torch.allclose(packed[:, 7:], model.hidden_states(second, none), atol=1e-5)
+    leaking = model.hidden_states(torch.cat([first, second], 1), none, torch.ones(1, 16).long(), positions)
+    assert (leaking[:, 7:] - packed[:, 7:]).abs().max() > 1e-3, "the comparison must be able to fail"
+
+
+def test_scalar_parameters_are_named_before_deepspeed_crashes_on_them(tmp_path):
+    """CLIP's and SigLIP's logit_scale have no dimension, which deepspeed.initialize cannot broadcast."""
+    rows = two_ranks(
+        """
+        import json, torch
+        from medvlm.training import distributed
+        from medvlm.training.engine import lift_scalars
+
+        class Model(torch.nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.scale = torch.nn.Parameter(torch.tensor(2.0))
+                self.linear = torch.nn.Linear(4, 4)
+
+            def forward(self, x):
+                return (self.linear(x) * self.scale).sum()
+
+        distributed.start()
+        torch.manual_seed(0)
+        model = Model()
+        lifted = lift_scalars(model)
+        config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 2},
+                  "zero_allow_untested_optimizer": True}
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        engine, *_ = distributed.deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+        loss = engine(torch.ones(1, 4))
+        engine.backward(loss)
+        engine.step()
+        print(json.dumps({"lifted": lifted, "scale": float(engine.module.scale), "loss": float(loss)}), flush=True)
+        """,
+        tmp_path,
+    )
+    assert [row["lifted"] for row in rows] == [["scale"]] * 2
+    assert rows[0]["scale"] == rows[1]["scale"] != 2.0
+
+
+def test_gathered_features_give_the_gradients_of_one_rank_with_the_whole_batch(tmp_path):
+    """open_clip's "local" gather over-counts the gradient of logit_scale; the gather with gradient does not."""
+    script = """
+        import json, torch
+        import torch.distributed as dist
+        from medvlm.objectives.contrastive import clip_loss
+        from medvlm.training import distributed
+
+        distributed.start()
+        rank, world = distributed.rank(), distributed.world_size()
+        torch.manual_seed(0)
+        images, texts = torch.randn(6, 5), torch.randn(6, 5)
+        share = slice(rank * 3, rank * 3 + 3)
+
+        def grads(image, text, group):
+            weight, scale = torch.nn.Parameter(torch.eye(5)), torch.nn.Parameter(torch.tensor([2.0]))
+            loss = clip_loss(image @ weight, text @ weight, scale, gather=group)
+            loss.backward()
+            for p in (weight, scale):
+                if group:
+                    dist.all_reduce(p.grad)
+                    p.grad /= world
+            return [float(loss), float(weight.grad.norm()), float(scale.grad)]
+
+        print(json.dumps({"ranks": grads(images[share], texts[share], True), "whole": grads(images, texts, False)}),
+              flush=True)
+    """
+    for row in two_ranks(script, tmp_path):
+        assert torch.allclose(torch.tensor(row["ranks"]), torch.tensor(row["whole"]), atol=1e-6)
+
+
+def test_resized_embeddings_keep_the_pretrained_rows(tmp_path):
+    """A tokenizer with more tokens than the model: rows are added, to a multiple of 64, and none is lost."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    make_tokenizer(tmp_path / "tokenizer")
+    values = {k: v for k, v in LLAMA.items() if k != "model_type"} | {"vocab_size": 300}
+    torch.manual_seed(0)
+    pretrained = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **values))
+    pretrained.save_pretrained(tmp_path / "llama")
+    path = str(tmp_path / "llama")
+    recipe = make_recipe(tmp_path, model__language_model__config=None, model__language_model__path=path)
+    config = load_recipe(str(recipe))
+    parts = build_components(config.model)
+    model = build_model(config.model, parts, torch.float32)
+    embedding = model.language_model.get_input_embeddings().weight
+    assert embedding.shape[0] == 320 == parts.text_config.vocab_size
+    assert torch.equal(embedding[:300], pretrained.get_input_embeddings().weight)
