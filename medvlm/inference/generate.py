@@ -102,6 +102,7 @@ class Generator:
         tokens = self.model.generate(  # [B, T prompt + T new]
             **inputs,
             max_new_tokens=max_new_tokens,
+            min_new_tokens=1,  # an empty answer is none: off its training data a small model may stop at once
             do_sample=False,
             num_beams=1,
             temperature=None,
