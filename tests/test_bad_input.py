@@ -172,3 +172,9 @@ def test_a_flipped_byte_is_noticed_when_read(folder):
     tar.write_bytes(bytes(data))
     with pytest.raises(UserError, match="checksum differs"):
         reader.member(0, "0.png")
+
+
+def test_a_fresh_start_in_a_used_folder_is_refused(folder):
+    recipe = make_recipe(folder, training__steps=1)
+    launch(recipe, ranks=1)
+    assert "choose another run.name" in fails(recipe, "run.resume=never")

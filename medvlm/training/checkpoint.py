@@ -77,7 +77,7 @@ def resume(engine: Any, path: Path, manifest: dict[str, Any]) -> int:
         "order": "the training data or global batch differ, so its position means nothing here",
     }.items():
         if record[key] != manifest[key]:
-            raise UserError(f"{path}: cannot resume, {hint}; start a new run.name or set run.resume=never")
+            raise UserError(f"{path}: cannot resume, {hint}; start a new run.name")
     now = {"world_size": distributed.world_size(), "zero_stage": _stage(engine)}
     for key, value in now.items():
         if record[key] != value:

@@ -49,7 +49,9 @@ def deepspeed_config(config: RunConfig, world: int) -> dict[str, Any]:
         values = json.loads(path.read_text())
     except json.JSONDecodeError as error:
         raise UserError(f"{path}: not valid JSON: {error}") from None
-    if values.get("zero_optimization", {}).get("stage") == 0 and precision(config) == torch.bfloat16:
+    if not isinstance(values.get("zero_optimization", {}).get("stage"), int):
+        raise UserError(f"{path}: has no zero_optimization.stage")
+    if values["zero_optimization"]["stage"] == 0 and precision(config) == torch.bfloat16:
         raise UserError("training.zero: stage 0 in bf16 updates differently from stages 1 to 3; use zero1")
     return {
         **values,
@@ -91,6 +93,8 @@ def train(config: RunConfig) -> int:
     ds_config = deepspeed_config(config, world)
     accumulation = ds_config["gradient_accumulation_steps"]
     found = checkpoint.checkpoints(run)
+    if config.run.resume == "never" and found:
+        raise UserError(f"{run}: holds checkpoints, and run.resume is never; choose another run.name")
     if config.run.resume == "require" and not found:
         checkpoint.newest(run)  # raises, with the reason
     distributed.barrier()
@@ -100,7 +104,7 @@ def train(config: RunConfig) -> int:
     order = Order(len(data.reader), training.global_batch_size, config.run.seed)
     total = total_steps(config, order)
     model = build_model(config.model, parts, precision(config), ds_config, config.run.seed)
-    if config.model.init_from and not (found and config.run.resume != "never"):
+    if config.model.init_from and not found:
         source = checkpoint.newest(Path(config.model.init_from))
         state = checkpoint.consolidate(source) if rank == 0 or ds_config["zero_optimization"]["stage"] < 3 else None
         checkpoint.load_weights(model, state, str(source))
@@ -119,7 +123,7 @@ def train(config: RunConfig) -> int:
         "order": digest([*keys, f"{order.global_batch}/{order.seed}"]),
     }
     step = 0
-    if found and config.run.resume != "never":
+    if found:
         step = checkpoint.resume(engine, found[-1], manifest)
     if rank == 0:
         print_parts(summaries)
