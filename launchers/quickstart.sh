@@ -22,13 +22,13 @@ export CUDA_VISIBLE_DEVICES=$(seq -s, 0 $((${use:-1} - 1)))
 micro=$((64 / (ranks ? use : 2)))
 train() { run_training "$1" run.root=$out "run.name=$2" training.micro_batch_size=$micro "${@:3}"; }
 
-step data medvlm prepare phantom $out/data --images "${IMAGES:-14000}" --size 64 --preset easy
+step data medvlm prepare phantom $out/data --images "${IMAGES:-12000}" --size 64 --preset easy
 step tokenizer medvlm prepare tokenizer $out/data/tokenizer --shards $out/data/train --vocab-size 384
 step stage1 train phantom-stage1 stage1
-step stage2-first-part train phantom-stage2 stage2 training.stop_after="${STOP_AFTER:-300}" # an interruption, ...
+step stage2-first-part train phantom-stage2 stage2 training.stop_after="${STOP_AFTER:-280}" # an interruption, ...
 step stage2-resumed train phantom-stage2 stage2 run.resume=require                          # ... and the resume
 step export bash -ec "medvlm export $out/stage2 --out $out/model --json > $out/export.partial; tail -n 1 $out/export.partial > $out/export.json; rm $out/export.partial"
-step evaluate medvlm evaluate $out/model --task vqa --data $out/data/test --train-data $out/data/train --limit 600 --max-new-tokens 8 \
+step evaluate medvlm evaluate $out/model --task vqa --data $out/data/test --train-data $out/data/train --limit 1500 --max-new-tokens 8 \
     --batch-size 64 --out $out/evaluation
 step report python launchers/quickstart_report.py $out
 cat <<END

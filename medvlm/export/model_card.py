@@ -2,13 +2,12 @@
 
 from typing import Any
 
-from medvlm.config.schema import RunConfig
+from medvlm.config.schema import Backbone, RunConfig
 
 
 def model_card(config: RunConfig, checkpoint: str, proof: dict[str, Any]) -> str:
     model = config.model
-    tower = model.vision_tower.path or model.vision_tower.config["model_type"] + " (from scratch)"  # type: ignore[index]
-    language = model.language_model.path or model.language_model.config["model_type"] + " (from scratch)"  # type: ignore[index]
+    tower, language = _origin(model.vision_tower), _origin(model.language_model)
     data = "\n".join(f"- `{path}`" for path in config.data.train)
     return f"""---
 library_name: transformers
@@ -43,3 +42,7 @@ Checked at export: image and text logits of this folder in a fresh process diffe
 
 Not a medical device. Not for clinical use. Its answers have not been validated on patients.
 """
+
+
+def _origin(part: Backbone) -> str:
+    return part.path or f"{(part.config or {})['model_type']} (from scratch)"
