@@ -18,7 +18,6 @@ class Part(Section):
 
     train: Trainable = "full"
     learning_rate: float = Field(default=1e-3, gt=0)
-    gradient_checkpointing: bool = False
 
 
 class Backbone(Part):
@@ -26,6 +25,7 @@ class Backbone(Part):
 
     path: str | None = None
     config: dict[str, Any] | None = None
+    gradient_checkpointing: bool = False
 
     @field_validator("path")
     @classmethod

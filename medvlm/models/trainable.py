@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from medvlm.config.schema import Model, Part
+from medvlm.config.schema import Backbone, Model, Part
 from medvlm.models.vision_language_model import PARTS, VisionLanguageModel
 
 
@@ -37,7 +37,7 @@ def apply_trainable(model: VisionLanguageModel, config: Model, unused: set[str])
         total = sum(map(_numel, parameters.values()))
         trainable = sum(_numel(p) for p in parameters.values() if p.requires_grad)
         summaries.append(PartSummary(name, part.train, total, trainable, part.learning_rate))
-        if part.gradient_checkpointing and name != "multi_modal_projector":
+        if isinstance(part, Backbone) and part.gradient_checkpointing:
             getattr(model, name).gradient_checkpointing_enable({"use_reentrant": False})
     return summaries
 
