@@ -27,6 +27,10 @@ setup() { # setup EXTRAS: for example "eval,prep"
     touch "$stamp"
 }
 
+free_port() { # so that two runs on one machine do not meet
+    .venv/bin/python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])'
+}
+
 gpus() { .venv/bin/python -c 'import torch; print(torch.cuda.device_count())'; }
 
 run_training() { # run_training RECIPE [section.key=value ...]: all local GPUs, or two CPU ranks
@@ -36,5 +40,5 @@ run_training() { # run_training RECIPE [section.key=value ...]: all local GPUs, 
         export DS_ACCELERATOR=cpu OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
     fi
     PATH="$PWD/.venv/bin:$PATH" PYTHONWARNINGS=ignore::FutureWarning .venv/bin/deepspeed --num_gpus "$n" \
-        --no_local_rank --master_port "${MASTER_PORT:-29500}" --module medvlm.cli train "$@"
+        --no_local_rank --master_port "${MASTER_PORT:-$(free_port)}" --module medvlm.cli train "$@"
 }

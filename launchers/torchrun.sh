@@ -5,5 +5,5 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 setup eval,prep
 n=$(gpus)
 exec .venv/bin/torchrun --nproc-per-node "${NPROC:-$((n > 0 ? n : 2))}" --nnodes "${NNODES:-1}" \
-    --node-rank "${NODE_RANK:-0}" --rdzv-backend c10d --rdzv-endpoint "${RDZV:-127.0.0.1:29400}" \
+    --node-rank "${NODE_RANK:-0}" --rdzv-backend c10d --rdzv-endpoint "${RDZV:-127.0.0.1:$(free_port)}" \
     --module medvlm.cli train "$@"

@@ -66,11 +66,11 @@ def recipes() -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from medvlm.config.load import load_recipe, recipe_names
+    from medvlm.config.load import recipe_names, recipe_values
 
     table = Table("recipe", "description")
     for name in recipe_names():
-        table.add_row(name, load_recipe(name).description)
+        table.add_row(name, recipe_values(name)["description"])
     Console().print(table)
 
 
