@@ -6,12 +6,15 @@ import subprocess
 import sys
 import textwrap
 
+import pytest
 import torch
-from conftest import REPO
-from toy import LLAMA, make_recipe, make_tokenizer
+from conftest import REPO, launch
+from toy import LLAMA, SIGLIP, make_recipe, make_shards, make_tokenizer
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from medvlm.config.load import load_recipe
 from medvlm.models.build import build_components, build_model
+from medvlm.training import checkpoint
 
 
 def two_ranks(script: str, tmp_path) -> list[dict]:
@@ -119,8 +122,6 @@ def test_gathered_features_give_the_gradients_of_one_rank_with_the_whole_batch(t
 
 def test_resized_embeddings_keep_the_pretrained_rows(tmp_path):
     """A tokenizer with more tokens than the model: rows are added, to a multiple of 64, and none is lost."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     make_tokenizer(tmp_path / "tokenizer")
     values = {k: v for k, v in LLAMA.items() if k != "model_type"} | {"vocab_size": 300}
     torch.manual_seed(0)
@@ -134,3 +135,60 @@ def test_resized_embeddings_keep_the_pretrained_rows(tmp_path):
     embedding = model.language_model.get_input_embeddings().weight
     assert embedding.shape[0] == 320 == parts.text_config.vocab_size
     assert torch.equal(embedding[:300], pretrained.get_input_embeddings().weight)
+
+
+@pytest.mark.parametrize("family", ["clip", "siglip", "dinov2", "vit"])
+def test_pretrained_backbones_are_loaded_whole(tmp_path, family):
+    """From folders as the hub has them: the vision half of a CLIP or SigLIP checkpoint, a bare DINOv2 or ViT."""
+    vision, language = pretrained_folders(tmp_path, family)
+    config = load_recipe(str(pretrained_recipe(tmp_path)))
+    parts = build_components(config.model)
+    model = build_model(config.model, parts, torch.float32)
+    assert_loaded(model.state_dict(), vision, language)
+
+
+def test_pretrained_backbones_are_loaded_whole_when_born_sharded(tmp_path):
+    """Two ranks under ZeRO-3, one step at a vanishing learning rate: the checkpoint holds the folders' weights."""
+    vision, language = pretrained_folders(tmp_path, "clip")
+    make_shards(tmp_path / "shards")
+    still = {f"model__{part}__learning_rate": 1e-12 for part in ("vision_tower", "language_model")}
+    launch(pretrained_recipe(tmp_path, training__steps=1, training__weight_decay=0.0, **still))
+    assert_loaded(checkpoint.consolidate(checkpoint.newest(tmp_path / "runs" / "run")), vision, language)
+
+
+def pretrained_folders(folder, family):
+    values = {k: v for k, v in SIGLIP.items() if k != "model_type"}
+    torch.manual_seed(0)
+    if family in ("clip", "siglip"):
+        text = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+        config = AutoConfig.for_model(family, vision_config=values, text_config={**text, "vocab_size": 99})
+    else:
+        config = AutoConfig.for_model(family, **values)
+    whole = AutoModel.from_config(config)
+    whole.save_pretrained(folder / "vision")
+    values = {k: v for k, v in LLAMA.items() if k != "model_type"}
+    language = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **values))
+    language.save_pretrained(folder / "llama")
+    return getattr(whole, "vision_model", whole).state_dict(), language.state_dict()
+
+
+def pretrained_recipe(folder, **overrides):
+    make_tokenizer(folder / "tokenizer")
+    return make_recipe(
+        folder,
+        model__vision_tower__config=None,
+        model__vision_tower__path=str(folder / "vision"),
+        model__language_model__config=None,
+        model__language_model__path=str(folder / "llama"),
+        **overrides,
+    )
+
+
+def assert_loaded(state, vision, language) -> None:
+    for name, expected in language.items():
+        assert torch.allclose(state[f"language_model.{name}"], expected, atol=1e-9), name
+    tower = {n.removeprefix("vision_tower.").removeprefix("vision_model."): v for n, v in state.items()}
+    expected = {n.removeprefix("vision_model."): v for n, v in vision.items() if "position_ids" not in n}
+    assert len(expected) > 10
+    for name, value in expected.items():
+        assert torch.allclose(tower[name], value, atol=1e-9), name
