@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image as PILImage
+from PIL import UnidentifiedImageError
 
 from medvlm.errors import UserError
 
@@ -30,6 +31,8 @@ class ImageTransform:
             with PILImage.open(io.BytesIO(data)) as image:
                 image.load()
                 rgb = image.convert("RGB")
+        except UnidentifiedImageError:
+            raise UserError(f"{where}: image cannot be decoded (not a known image format)") from None
         except (OSError, SyntaxError, PILImage.DecompressionBombError) as error:
             raise UserError(f"{where}: image cannot be decoded ({error})") from None
         size = self._target(*rgb.size)

@@ -4,7 +4,7 @@ import io
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from medvlm.errors import UserError
 
@@ -36,6 +36,8 @@ def decode_image(data: bytes, where: str) -> Image.Image:
             if image.mode[0] in "IF":  # "I", "I;16", "I;16B", "F"
                 return _to_grey(_stretch(np.asarray(image, dtype=np.float64)))
             return image.convert("L" if image.mode in ("1", "L", "LA") else "RGB")
+    except UnidentifiedImageError:
+        raise UserError(f"{where}: image cannot be decoded (not a known image format)") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(f"{where}: image cannot be decoded ({error})") from error
 
@@ -64,7 +66,7 @@ def _dicom(data: bytes, path: Path) -> Image.Image:
     except Exception as error:  # pydicom and its decoders raise whatever they like on damaged files
         reason = " ".join(str(error).split())
         if "plugins are missing" in reason:
-            reason = "its compression needs `pip install pylibjpeg pylibjpeg-libjpeg pylibjpeg-openjpeg`"
+            reason = "its compression needs `pip install 'medvlm[prep]'`"
         raise UserError(f"{path}: DICOM image cannot be decoded ({reason})") from error
 
 
