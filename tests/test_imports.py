@@ -15,12 +15,13 @@ ALLOWED = {
     "medvlm.errors": set(),
     "medvlm.objectives": set(),
     "medvlm.data.order": set(),
+    "medvlm.data.packing": set(),
     "medvlm.recipes": set(),
     "medvlm.config": {"medvlm.errors"},
     "medvlm.data": {"medvlm.errors"},
     "medvlm.models": {"medvlm.errors", "medvlm.config", "medvlm.data", "medvlm.objectives"},
     "medvlm.training": {"medvlm.errors", "medvlm.config", "medvlm.data", "medvlm.models"},
-    "medvlm.inference": {"medvlm.errors"},
+    "medvlm.inference": {"medvlm.errors", "medvlm.data.dicom", "medvlm.data.nifti", "medvlm.data.volumes"},
     "medvlm.evaluation": {"medvlm.errors", "medvlm.data", "medvlm.inference"},
     "medvlm.export.verify": set(),  # runs in a fresh process, through unmodified transformers
     "medvlm.export": {"medvlm.errors", "medvlm.config", "medvlm.data", "medvlm.models", "medvlm.training.checkpoint"},
@@ -28,7 +29,10 @@ ALLOWED = {
         *("medvlm.errors", "medvlm.config", "medvlm.data", "medvlm.training", "medvlm.export"),
         *("medvlm.inference", "medvlm.evaluation", "data_prep"),
     },
-    "data_prep": {"medvlm.errors", "medvlm.data.schema", "medvlm.data.shards"},
+    "data_prep": {
+        *("medvlm.errors", "medvlm.data.schema", "medvlm.data.shards", "medvlm.data.dicom", "medvlm.data.nifti"),
+        *("medvlm.data.volumes", "medvlm.data.phi"),
+    },
     "ds_configs": set(),
 }
 OURS = ("medvlm", "data_prep", "ds_configs")

@@ -12,6 +12,8 @@ from medvlm.errors import UserError
 
 IMAGE_MARK = "<image>"
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png")
+VOLUME_EXTENSION = "b2"  # a blosc2 frame: int16 [D, H, W], or uint8 [C, D, H, W] with one channel per window
+DEIDENTIFICATION_MASK = "___"
 Split = Literal["train", "validation", "test"]
 
 
@@ -61,6 +63,8 @@ class Message(_Strict):
             raise ValueError(f"a text part holds a literal {IMAGE_MARK}; write it as an image part")
         if self.role == "assistant" and (self.n_images or not self.text.strip()):
             raise ValueError("an assistant turn must be non-empty text without images")
+        if self.role == "assistant" and DEIDENTIFICATION_MASK in self.text:
+            raise ValueError(f"an assistant turn holds the mask {DEIDENTIFICATION_MASK}, which a model must not learn")
         return self
 
     @property
@@ -78,11 +82,20 @@ def make_message(role: str, text: str) -> Message:
 
 
 class Image(_Strict):
-    """One image member. ``file`` is its extension in the shard (``0.jpg``); sizes are of the stored pixels."""
+    """One image or volume member. ``file`` is its extension in the shard (``0.jpg``); sizes are of the stored pixels.
 
-    file: str = Field(pattern=r"^\d+\.(jpg|jpeg|png)$")
+    ``depth`` is the number of slices of a volume, None for a picture. ``original_size`` is (width, height[, depth])
+    before any shrinking or resampling; ``spacing`` is of the stored pixels in mm, in the order x, y[, z]; ``windows``
+    are the (centre, width) pairs that were applied, one per channel.
+    """
+
+    file: str = Field(pattern=r"^\d+\.(jpg|jpeg|png|b2)$")
     width: int = Field(gt=0)
     height: int = Field(gt=0)
+    depth: int | None = Field(default=None, gt=0)
+    original_size: tuple[int, ...] | None = None
+    spacing: tuple[float, ...] | None = None
+    windows: list[tuple[float, float]] | None = None
     image_id: str | None = None
     view: str | None = None
     metadata: dict[str, Any] = Field(default_factory=dict)
