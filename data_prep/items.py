@@ -17,8 +17,9 @@ Kind = Literal["image", "dicom", "series", "nifti"]
 class Source:
     """One image file (or folder, for a DICOM ``series``) relative to the archive's root; an absolute path stays.
 
-    ``options`` go to the decoder of its kind: ``windows`` [(centre, width), ...], ``slope`` and ``intercept`` of a
-    NIfTI file whose stored values need them, ``keep_16_bit``.
+    ``options`` go to the decoder of its kind, which refuses others. image: ``keep_16_bit``, ``frame``. dicom:
+    ``keep_16_bit``, ``frame``, ``windows`` [(centre, width), ...]. series: ``windows``, ``series_uid``. nifti:
+    ``windows``, ``slope`` and ``intercept`` where the stored values need others, ``volume``, ``nan_value``, ``axes``.
     """
 
     path: str

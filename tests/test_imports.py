@@ -21,7 +21,7 @@ ALLOWED = {
     "medvlm.data": {"medvlm.errors"},
     "medvlm.models": {"medvlm.errors", "medvlm.config", "medvlm.data", "medvlm.objectives"},
     "medvlm.training": {"medvlm.errors", "medvlm.config", "medvlm.data", "medvlm.models"},
-    "medvlm.inference": {"medvlm.errors", "medvlm.data.dicom", "medvlm.data.nifti", "medvlm.data.volumes"},
+    "medvlm.inference": {"medvlm.errors", "medvlm.data.dicom", "medvlm.data.pixels"},
     "medvlm.evaluation": {"medvlm.errors", "medvlm.data", "medvlm.inference"},
     "medvlm.export.verify": set(),  # runs in a fresh process, through unmodified transformers
     "medvlm.export": {"medvlm.errors", "medvlm.config", "medvlm.data", "medvlm.models", "medvlm.training.checkpoint"},
@@ -31,7 +31,7 @@ ALLOWED = {
     },
     "data_prep": {
         *("medvlm.errors", "medvlm.data.schema", "medvlm.data.shards", "medvlm.data.dicom", "medvlm.data.nifti"),
-        *("medvlm.data.volumes", "medvlm.data.phi"),
+        *("medvlm.data.series", "medvlm.data.volumes", "medvlm.data.pixels", "medvlm.data.phi"),
     },
     "ds_configs": set(),
 }

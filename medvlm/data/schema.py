@@ -12,7 +12,7 @@ from medvlm.errors import UserError
 
 IMAGE_MARK = "<image>"
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png")
-VOLUME_EXTENSION = "b2"  # a blosc2 frame: int16 [D, H, W], or uint8 [C, D, H, W] with one channel per window
+VOLUME_EXTENSION = "b2"  # a blosc2 frame: int16 (or float32) [D, H, W], or uint8 [C, D, H, W], one per window
 DEIDENTIFICATION_MASK = "___"
 Split = Literal["train", "validation", "test"]
 
