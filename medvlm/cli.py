@@ -174,6 +174,22 @@ def shards_show(
     inspect.show(paths, sample, images_to)
 
 
+@shards_app.command("plan")
+def shards_plan(
+    recipe: Annotated[str, typer.Argument(help="A recipe's name, or the path of a .yaml file.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value ...")] = None,
+    world_size: Annotated[int, typer.Option(min=1, help="Ranks.")] = 1,
+    from_step: Annotated[int, typer.Option(min=0, help="The first step; steps count from 0 here.")] = 0,
+    steps: Annotated[int, typer.Option(min=1, help="How many steps.")] = 1,
+    as_json: Json = False,
+) -> None:
+    """Print what each rank is fed in some steps, without training."""
+    from medvlm.config.load import load_recipe
+    from medvlm.training import feed
+
+    feed.show_plan(load_recipe(recipe, overrides), world_size, from_step, steps, as_json)
+
+
 def _register_prepare() -> None:
     from data_prep import phantom, tokenizer, vqa_rad
 

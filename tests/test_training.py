@@ -10,11 +10,10 @@ from conftest import launch
 from toy import make_recipe, make_shards
 
 from medvlm.config.load import load_recipe
-from medvlm.data.loader import MicroBatches
-from medvlm.data.order import Order, digest
+from medvlm.data.order import digest
 from medvlm.models.build import build_components, build_model
 from medvlm.models.trainable import apply_trainable
-from medvlm.training import checkpoint, loop
+from medvlm.training import checkpoint, feed
 from medvlm.training.optimizer import learning_rate_factor, parameter_groups
 
 STEPS = 20
@@ -35,14 +34,16 @@ def plain_pytorch(recipe: Path, shards: str | None = None) -> list[dict]:
     model = build_model(config.model, parts, torch.float32)
     checkpoint.load_weights(model, checkpoint.consolidate(checkpoint.newest(Path(config.model.init_from))), "init")
     apply_trainable(model, config.model, parts.unused_vision_parameters)
-    data: MicroBatches = loop.make_dataset(config, parts, config.data.train, training=True)
-    order = Order(len(data.reader), config.training.global_batch_size, config.run.seed)
+    data = feed.training_data(config, parts)
+    lengths = feed.count_lengths(config, data, progress=False) if feed.needs_lengths(config.data) else None
+    plan = feed.make_plan(config, data, lengths)
+    data.collate_options = (*data.collate_options[:2], False)  # padded, whatever the recipe says
     groups = parameter_groups(model, config)
     peaks = [g["lr"] for g in groups]
     optimizer = torch.optim.AdamW(groups)
     rows = []
-    for step, numbers in enumerate(order.global_batches(0, config.training.steps)):
-        batch = data[[(n, order.epoch(step)) for n in numbers]]
+    for step, packs in enumerate(plan.global_batches(0, config.training.steps)):
+        batch = data[[draw for pack in packs for draw in pack]]
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):
             group["lr"] = peak * learning_rate_factor(step, config.training.steps, 0.03, 0.0)
         loss = model(**batch.inputs(torch.device("cpu"))) / batch.supervised_tokens
@@ -128,6 +129,24 @@ def test_padding_free_batches_equal_padded_ones(world, reference):
     rows = metrics(world, "padding-free")
     assert_same_run(rows, reference)
     assert all(row["padding_share"] == 0 for row in rows)
+
+
+def test_packed_training_equals_plain_padded_training(world):
+    """Two ranks with packs of several samples under ZeRO-3, beside the same samples padded in one process."""
+    recipe = make_recipe(
+        world,
+        "packed",
+        training__steps=8,
+        training__micro_batch_size=1,
+        training__global_batch_size=4,
+        data__packing={"tokens": 256, "images": 4},
+        data__cache_dir=str(world / "cache"),
+        model__init_from=str(world / "runs" / "init"),
+    )
+    launch(recipe)
+    rows = metrics(world, "packed")
+    assert_same_run(rows, plain_pytorch(recipe))
+    assert max(row["samples"] for row in rows) > 8, "packs must hold several samples"
 
 
 @pytest.mark.parametrize("stage", [2, 3])

@@ -70,22 +70,109 @@ class Model(Section):
     language_model: LanguageModel
     init_from: str | None = None
     """A finished run whose weights this run starts from (stage 1 for stage 2)."""
-    attention: Literal["auto", "flash_attention_2", "sdpa", "eager"] = "auto"
+    attention: Literal["auto", "flash_attention_2", "flash_attention_3", "sdpa", "flex_attention", "eager"] = "auto"
+
+
+class DataSource(Section):
+    """Shards that a mixture draws from as one source."""
+
+    path: str
+    name: str | None = None
+    """For ``stages``; the path by default."""
+    weight: float | None = Field(default=None, gt=0)
+    """The share of samples drawn from it, relative to the others'. All sources of a mixture have one, or none."""
+
+
+class CurriculumStage(Section):
+    """A part of the curriculum. ``weights`` are by source name; one that is not named is not drawn."""
+
+    epochs: float | None = Field(default=None, gt=0)
+    """Its length, in epochs of the whole data; the last stage has none and lasts to the end."""
+    weights: dict[str, float]
+
+
+class PackingBounds(Section):
+    tokens: int = Field(default=4096, gt=1)
+    """Text and image tokens of a pack, which is one row."""
+    images: int = Field(default=12, gt=0)
+    """Images of a pack: bounds the vision tower's work and memory."""
+
+
+class Augmentation(Section):
+    """Bounds of random changes to training images, see `medvlm.data.augment`. Nothing is mirrored unless asked."""
+
+    rotate: float = Field(default=0, ge=0, le=180)
+    """Degrees, either way."""
+    translate: float = Field(default=0, ge=0, le=0.5)
+    """Share of the side, either way."""
+    scale: float = Field(default=0, ge=0, lt=1)
+    crop: float = Field(default=1, gt=0, le=1)
+    """The least share of the area that a random crop keeps; 1 is off."""
+    horizontal_flip: float = Field(default=0, ge=0, le=1)
+    """The probability. Side matters in most radiology; leave it at 0 there."""
+    brightness: float = Field(default=0, ge=0, le=1)
+    contrast: float = Field(default=0, ge=0, lt=1)
+    gamma: float = Field(default=0, ge=0, le=4)
+    blur: float = Field(default=0, ge=0, le=10)
+    """The largest standard deviation, in pixels."""
+    noise: float = Field(default=0, ge=0, le=100)
+    """The largest standard deviation, in grey levels."""
 
 
 class Data(Section):
-    train: list[str]
-    """Shard folders or tars."""
+    train: list[str | DataSource]
+    """Shard folders, tars or URLs; several are drawn together by size, or by weight."""
     validation: list[str] = []
     max_length: int = Field(default=2048, gt=1)
     """Tokens, image tokens included. A longer conversation is quarantined."""
+    temperature: float | None = Field(default=None, ge=1)
+    """Draw sources by size to the power 1/temperature: 1 keeps the data's proportions, large values even them out."""
+    stages: list[CurriculumStage] = []
+    shuffle: Literal["global", "block"] = "global"
+    """``block`` shuffles shards, then samples among ``shuffle_window`` neighbours, for storage that reads ahead."""
+    shuffle_window: int = Field(default=16, gt=0)
+    packing: PackingBounds | None = None
+    """Pack several samples into one row; batch sizes then count packs."""
+    length_grouped: bool = False
+    """Deal the samples of a global batch to micro-batches by length, so that less is padding."""
     shuffle_turns: bool = False
     """Ask the questions about an image in another order each epoch."""
+    augment: Augmentation = Augmentation()
     padding_free: bool = False
     """Lay a micro-batch out as one row of segments that do not see each other, instead of padding it."""
     workers: int = Field(default=2, ge=0)
     max_quarantined: float = Field(default=0.01, ge=0, le=1)
     """Share of samples; the run stops above it."""
+    cache_dir: str | None = None
+    """For token counts and remote shards; by default $MEDVLM_CACHE or ~/.cache/medvlm."""
+    cache_gib: float = Field(default=100, gt=0)
+    """What remote shards may take up there; the least recently used parts make room."""
+
+    @property
+    def sources(self) -> list[DataSource]:
+        return [DataSource(path=s) if isinstance(s, str) else s for s in self.train]
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Data":
+        names = [s.name or s.path for s in self.sources]
+        weighted = sum(s.weight is not None for s in self.sources)
+        if weighted and weighted < len(names):
+            raise ValueError("give every source of `train` a weight, or none")
+        if sum([bool(weighted), self.temperature is not None, bool(self.stages)]) > 1:
+            raise ValueError("give one of source weights, `temperature` and `stages`")
+        for n, stage in enumerate(self.stages):
+            unknown = sorted(stage.weights.keys() - set(names))
+            if unknown:
+                raise ValueError(f"stages.{n}.weights: no source {unknown[0]!r}; sources: {', '.join(names)}")
+            if min(stage.weights.values(), default=0) < 0 or sum(stage.weights.values()) <= 0:
+                raise ValueError(f"stages.{n}.weights: must not be negative, and not all zero")
+            if (stage.epochs is None) != (n == len(self.stages) - 1):
+                raise ValueError(f"stages.{n}.epochs: every stage but the last has a length")
+        if self.packing and self.packing.tokens < self.max_length:
+            raise ValueError(f"packing.tokens: {self.packing.tokens} is less than max_length {self.max_length}")
+        if self.packing and self.length_grouped:
+            raise ValueError("length_grouped: packs need no grouping; give one of `packing` and `length_grouped`")
+        return self
 
 
 class Training(Section):

@@ -2,12 +2,13 @@
 
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from medvlm.data.augment import Augment
 from medvlm.data.conversation import IGNORE, ConversationEncoder
 from medvlm.data.images import ImageTransform
 from medvlm.data.schema import Message, Sample
@@ -17,7 +18,7 @@ from medvlm.errors import UserError
 
 @dataclass
 class Encoded:
-    """One sample, ready: T tokens and I images (uint8 [3, S, S])."""
+    """One sample, ready: T tokens and I images (uint8 [C, S, S], one channel where grey)."""
 
     ids: list[int]
     labels: list[int]
@@ -28,23 +29,36 @@ class Encoded:
 class Batch:
     """B rows of T tokens, and I images in the order in which the rows refer to them.
 
-    input_ids, labels int64 [B, T]; attention_mask int64 [B, T], or None in a padding-free batch, where position_ids
-    int64 [1, T] restart at each segment; pixel_values uint8 [I, 3, S, S]. ``quarantined`` holds (key, reason) of
-    samples that could not be used: their place stays, without loss.
+    input_ids, labels int64 [B, T]; attention_mask int64 [B, T] of a padded batch. A padding-free batch has one row of
+    segments instead, one per sample: position_ids int64 [1, T] restart at each, segment_ids int32 [1, T] number them,
+    cu_seqlens int32 [segments + 1] are their edges. pixel_values uint8 [I, C, S, S], C = 1 if all images are grey.
+    ``quarantined`` holds (key, reason) of samples that could not be used: their place stays, without loss.
     """
 
     input_ids: torch.Tensor
     labels: torch.Tensor
     attention_mask: torch.Tensor | None
-    position_ids: torch.Tensor | None
     pixel_values: torch.Tensor
+    position_ids: torch.Tensor | None = None
+    segment_ids: torch.Tensor | None = None
+    cu_seqlens: torch.Tensor | None = None
     keys: list[str] = field(default_factory=list)
     quarantined: list[tuple[str, str]] = field(default_factory=list)
 
     def inputs(self, device: torch.device) -> dict[str, Any]:
-        names = ("input_ids", "labels", "attention_mask", "position_ids", "pixel_values")
+        """What the model's forward takes, on its device."""
+        names = ("input_ids", "labels", "attention_mask", "position_ids", "cu_seqlens", "pixel_values")
         tensors = {name: getattr(self, name) for name in names}
-        return {k: v.to(device, non_blocking=True) for k, v in tensors.items() if v is not None}
+        values: dict[str, Any] = {k: v.to(device, non_blocking=True) for k, v in tensors.items() if v is not None}
+        if self.cu_seqlens is not None:  # a plain number, so that no kernel has to wait for it
+            values["max_seqlen"] = int(self.cu_seqlens.diff().max())
+        return values
+
+    def pin_memory(self) -> "Batch":
+        """Called by the loader's pinning thread, as PyTorch does not look into other classes."""
+        values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        pinned: dict[str, Any] = {k: v.pin_memory() if isinstance(v, torch.Tensor) else v for k, v in values.items()}
+        return Batch(**pinned)
 
     @property
     def tokens(self) -> int:
@@ -58,19 +72,40 @@ class Batch:
 
 
 class SampleEncoder:
-    """Sample and image bytes -> Encoded. Raises UserError with the reason where a sample cannot be trained on."""
+    """Sample and image bytes -> Encoded. Raises UserError with the reason where a sample cannot be trained on.
 
-    def __init__(self, conversation: ConversationEncoder, transform: ImageTransform, max_length: int):
+    Given an epoch, questions are put in another order (``shuffle``) and images are augmented (``augment``), as pure
+    functions of (sample key, epoch, seed); without one, nothing is random.
+    """
+
+    def __init__(
+        self,
+        conversation: ConversationEncoder,
+        transform: ImageTransform,
+        max_length: int,
+        *,
+        shuffle: bool = False,
+        augment: Augment | None = None,
+        seed: int = 0,
+    ):
         self.conversation, self.transform, self.max_length = conversation, transform, max_length
+        self.shuffle, self.augment, self.seed = shuffle, augment, seed
 
-    def __call__(self, sample: Sample, images: Sequence[bytes], shuffle: random.Random | None = None) -> Encoded:
+    def __call__(self, sample: Sample, images: Sequence[bytes], epoch: int | None = None) -> Encoded:
         messages = list(sample.messages)
         if not any(m.role == "assistant" for m in messages):
             raise UserError("no assistant turn to learn from")
-        ids, labels = self.conversation(shuffle_turns(messages, shuffle) if shuffle else messages)
+        if any(image.depth for image in sample.images):
+            raise UserError("holds a volume, and this model takes pictures")
+        if self.shuffle and epoch is not None:
+            messages = shuffle_turns(messages, random.Random(f"{self.seed}/{epoch}/{sample.key}"))
+        ids, labels = self.conversation(messages)
         if len(ids) > self.max_length:
             raise UserError(f"{len(ids)} tokens exceed data.max_length={self.max_length}")
-        return Encoded(ids, labels, [self.transform(data, f"image {i}") for i, data in enumerate(images)])
+        pixels = [self.transform(data, f"image {i}") for i, data in enumerate(images)]
+        if self.augment and epoch is not None:
+            pixels = [self.augment(p, sample.key, i, epoch, self.seed) for i, p in enumerate(pixels)]
+        return Encoded(ids, labels, pixels)
 
 
 def shuffle_turns(messages: list[Message], rng: random.Random) -> list[Message]:
@@ -93,63 +128,68 @@ def shuffle_turns(messages: list[Message], rng: random.Random) -> list[Message]:
 
 def collate(samples: Sequence[Encoded], pad_id: int, image_size: int, padding_free: bool, multiple: int = 8) -> Batch:
     """Stack encoded samples. An empty list gives one unsupervised padding token, so that every rank takes its step."""
-    images = [image for s in samples for image in s.images]
-    pixels = torch.stack(images) if images else torch.zeros(0, 3, image_size, image_size, dtype=torch.uint8)
+    pixels = stack([image for s in samples for image in s.images], image_size)
     samples = list(samples) or [Encoded([pad_id], [IGNORE])]
+    lengths = torch.tensor([len(s.ids) for s in samples])
+    ids = torch.tensor([token for s in samples for token in s.ids])
+    labels = torch.tensor([label for s in samples for label in s.labels])
+    edges = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+    segments = torch.repeat_interleave(torch.arange(len(samples)), lengths)
+    positions = torch.arange(len(ids)) - edges[segments]
     if padding_free:
         # The first token of a segment has no predecessor inside it, so it is never a target.
-        ids = torch.tensor([[token for s in samples for token in s.ids]])
-        row = torch.tensor([[label for s in samples for label in [IGNORE, *s.labels[1:]]]])
-        return Batch(ids, row, None, torch.tensor([[p for s in samples for p in range(len(s.ids))]]), pixels)
-    length = -(-max(len(s.ids) for s in samples) // multiple) * multiple
-    shape = (len(samples), length)
-    input_ids, labels = torch.full(shape, pad_id), torch.full(shape, IGNORE)
-    mask = torch.zeros(shape, dtype=torch.int64)
-    for number, sample in enumerate(samples):
-        n = len(sample.ids)
-        input_ids[number, :n], labels[number, :n], mask[number, :n] = (
-            torch.tensor(sample.ids),
-            torch.tensor(sample.labels),
-            1,
+        labels[edges[:-1]] = IGNORE
+        return Batch(
+            input_ids=ids[None],
+            labels=labels[None],
+            attention_mask=None,
+            pixel_values=pixels,
+            position_ids=positions[None],
+            segment_ids=segments[None].int(),
+            cu_seqlens=edges.int(),
         )
-    return Batch(input_ids, labels, mask, None, pixels)
+    shape = (len(samples), -(-int(lengths.max()) // multiple) * multiple)
+    batch = Batch(torch.full(shape, pad_id), torch.full(shape, IGNORE), torch.zeros(shape, dtype=torch.int64), pixels)
+    assert batch.attention_mask is not None
+    batch.input_ids[segments, positions] = ids
+    batch.labels[segments, positions] = labels
+    batch.attention_mask[segments, positions] = 1
+    return batch
+
+
+def stack(images: Sequence[torch.Tensor], image_size: int) -> torch.Tensor:
+    """uint8 [C, S, S] each -> [I, C, S, S] in one tensor, which workers hand over at a fraction of the cost of many."""
+    if not images:
+        return torch.zeros(0, 1, image_size, image_size, dtype=torch.uint8)
+    channels = max(image.shape[0] for image in images)
+    return torch.stack([image.expand(channels, -1, -1) for image in images])
 
 
 class MicroBatches(Dataset):
-    """Map-style: a list of (sample number, epoch) in, a :class:`Batch` out. Runs in the loader's workers."""
+    """Map-style: a list of draws (sample number, repeat or None) in, a :class:`Batch` out. Runs in loader workers."""
 
     def __init__(
-        self,
-        reader: ShardReader,
-        encoder: SampleEncoder,
-        pad_id: int,
-        image_size: int,
-        *,
-        seed: int = 0,
-        shuffle: bool = False,
-        padding_free: bool = False,
+        self, reader: ShardReader, encoder: SampleEncoder, pad_id: int, image_size: int, padding_free: bool = False
     ):
-        self.reader, self.encoder, self.seed, self.shuffle = reader, encoder, seed, shuffle
+        self.reader, self.encoder = reader, encoder
         self.collate_options = (pad_id, image_size, padding_free)
 
-    def __getitem__(self, items: Sequence[tuple[int, int]]) -> Batch:
+    def __getitem__(self, draws: Sequence[tuple[int, int | None]]) -> Batch:
         encoded, keys, quarantined = [], [], []
-        for number, epoch in items:
-            key = self.reader.key(number)
-            keys.append(key)
-            rng = random.Random(f"{self.seed}/{epoch}/{key}") if self.shuffle else None
+        for number, repeat in draws:
+            keys.append(self.reader.key(number))
             try:
-                sample = self.reader.sample(number)
-                data = [self.reader.member(number, image.file) for image in sample.images]
-                encoded.append(self.encoder(sample, data, rng))
+                encoded.append(self.encoder(*self.reader.load(number), repeat))
             except UserError as error:
-                quarantined.append((key, str(error)))
+                quarantined.append((keys[-1], str(error)))
         batch = collate(encoded, *self.collate_options)
         batch.keys, batch.quarantined = keys, quarantined
         return batch
 
 
-def load_batches(dataset: MicroBatches, items: Iterator[list[tuple[int, int]]], workers: int) -> Iterator[Batch]:
+def load_batches(
+    dataset: MicroBatches, items: Iterator[Sequence[tuple[int, int | None]]], workers: int
+) -> Iterator[Batch]:
     """Batches in the order of ``items``, read ahead by ``workers`` processes (0: in this one)."""
     loader: DataLoader = DataLoader(
         dataset,

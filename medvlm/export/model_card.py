@@ -8,7 +8,7 @@ from medvlm.config.schema import Backbone, RunConfig
 def model_card(config: RunConfig, checkpoint: str, proof: dict[str, Any]) -> str:
     model = config.model
     tower, language = _origin(model.vision_tower), _origin(model.language_model)
-    data = "\n".join(f"- `{path}`" for path in config.data.train)
+    data = "\n".join(f"- `{source.path}`" for source in config.data.sources)
     return f"""---
 library_name: transformers
 pipeline_tag: image-text-to-text

@@ -59,6 +59,8 @@ class VisionLanguageModel(nn.Module):
         pixel_values: Tensor,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
     ) -> Tensor:
         """Final hidden states [B, T, D]. Every call runs every part, images or not.
 
@@ -78,8 +80,15 @@ class VisionLanguageModel(nn.Module):
             embeds = embeds + 0.0 * self.image_features(blank).sum().to(embeds.dtype)
         # use_cache=False also makes transformers build the block mask of a padding-free row from position_ids: with
         # a cache (the default, in training too), its segments would see each other.
+        # Kernels for variable lengths (flash attention) take the segments' edges; the others ignore them.
+        edges = {"cu_seq_lens_q": cu_seqlens, "cu_seq_lens_k": cu_seqlens}
+        longest = {"max_length_q": max_seqlen, "max_length_k": max_seqlen}
         return self.language_model.get_decoder()(
-            inputs_embeds=embeds, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
+            inputs_embeds=embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            use_cache=False,
+            **({} if cu_seqlens is None else {**edges, **longest}),
         ).last_hidden_state
 
     def forward(
@@ -89,9 +98,12 @@ class VisionLanguageModel(nn.Module):
         pixel_values: Tensor,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
     ) -> Tensor:
         """The sum of the losses of the supervised tokens (0-dim). Logits are made for those positions only."""
-        hidden = self.hidden_states(input_ids, pixel_values, attention_mask, position_ids)
+        segments = (cu_seqlens, max_seqlen)
+        hidden = self.hidden_states(input_ids, pixel_values, attention_mask, position_ids, *segments)
         mask, targets = supervised_positions(labels)
         return token_cross_entropy_sum(self.head(hidden[mask]), targets)
 

@@ -3,6 +3,7 @@
 import os
 import warnings
 
+import numpy as np
 import torch
 
 if not torch.cuda.is_available():
@@ -56,6 +57,13 @@ def sum_over_ranks(values: list[float]) -> list[float]:
     tensor = torch.tensor(values, dtype=torch.float64, device=device())
     comm.all_reduce(tensor)
     return tensor.tolist()
+
+
+def broadcast(array: np.ndarray) -> np.ndarray:
+    """Rank 0's array, on all ranks; the others give one of its shape and type."""
+    tensor = torch.from_numpy(np.ascontiguousarray(array)).to(device())
+    comm.broadcast(tensor, 0)
+    return tensor.cpu().numpy()
 
 
 def barrier() -> None:

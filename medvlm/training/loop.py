@@ -4,25 +4,32 @@ import json
 import math
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
 
 from medvlm.config.load import deepspeed_config_path
 from medvlm.config.schema import RunConfig
-from medvlm.data.conversation import ConversationEncoder
-from medvlm.data.images import ImageTransform
-from medvlm.data.loader import Batch, MicroBatches, SampleEncoder, load_batches
-from medvlm.data.order import Order, digest, micro_batches
-from medvlm.data.shards import ShardReader
+from medvlm.data.loader import Batch, MicroBatches, load_batches
+from medvlm.data.order import digest, micro_batches
+from medvlm.data.plan import Draw, Lengths, Plan
 from medvlm.errors import UserError
 from medvlm.models.build import Components, build_components, build_model
 from medvlm.models.trainable import apply_trainable
 from medvlm.training import checkpoint, distributed
 from medvlm.training.engine import lift_scalars
+from medvlm.training.feed import (
+    accumulation_steps,
+    count_lengths,
+    make_dataset,
+    make_plan,
+    needs_lengths,
+    training_data,
+)
 from medvlm.training.meters import Meters, peak_memory_gib, print_parts
 from medvlm.training.optimizer import learning_rate_factor, make_optimizer, parameter_groups
 
@@ -40,10 +47,6 @@ def deepspeed_config(config: RunConfig, world: int) -> dict[str, Any]:
     """The chosen ``ds_configs`` file, completed with what the recipe decides. Only concrete numbers, no "auto"."""
     training = config.training
     micro, batch = training.micro_batch_size, training.global_batch_size
-    if batch % (micro * world):
-        raise UserError(
-            f"training.global_batch_size: {batch} is not a multiple of micro_batch_size {micro} x {world} rank(s)"
-        )
     path = deepspeed_config_path(training.zero)
     try:
         values = json.loads(path.read_text())
@@ -57,7 +60,7 @@ def deepspeed_config(config: RunConfig, world: int) -> dict[str, Any]:
         **values,
         "train_batch_size": batch,
         "train_micro_batch_size_per_gpu": micro,
-        "gradient_accumulation_steps": batch // (micro * world),
+        "gradient_accumulation_steps": accumulation_steps(config, world),
         "gradient_clipping": training.gradient_clipping,
         "bf16": {"enabled": precision(config) == torch.bfloat16},
         "zero_allow_untested_optimizer": True,
@@ -65,24 +68,20 @@ def deepspeed_config(config: RunConfig, world: int) -> dict[str, Any]:
     }
 
 
-def make_dataset(config: RunConfig, parts: Components, paths: list[str], *, training: bool) -> MicroBatches:
-    conversation = ConversationEncoder(parts.tokenizer, parts.chat_template, parts.image_tokens)
-    encoder = SampleEncoder(conversation, ImageTransform(parts.processor.image_processor), config.data.max_length)
-    return MicroBatches(
-        ShardReader(paths),
-        encoder,
-        parts.tokenizer.pad_token_id,
-        parts.image_size,
-        seed=config.run.seed,
-        shuffle=training and config.data.shuffle_turns,
-        padding_free=config.data.padding_free,
-    )
-
-
-def total_steps(config: RunConfig, order: Order) -> int:
+def total_steps(config: RunConfig, plan: Plan) -> int:
     if config.training.steps is not None:
         return config.training.steps
-    return math.ceil(config.training.epochs * order.steps_per_epoch)  # type: ignore[operator]  # validated: one is set
+    return plan.total_steps(config.training.epochs)  # type: ignore[arg-type]  # validated: one is set
+
+
+def lengths_for_all_ranks(config: RunConfig, data: MicroBatches) -> Lengths | None:
+    """Rank 0 counts or finds them, and tells the others."""
+    if not needs_lengths(config.data):
+        return None
+    lengths = count_lengths(config, data, progress=True) if distributed.rank() == 0 else None
+    counts = np.stack([lengths.text, lengths.images], 1) if lengths else np.zeros((len(data.reader), 2), np.int32)
+    counts = distributed.broadcast(counts)
+    return Lengths(counts[:, 0], counts[:, 1], data.encoder.conversation.image_tokens)
 
 
 def train(config: RunConfig) -> int:
@@ -100,9 +99,9 @@ def train(config: RunConfig) -> int:
     distributed.barrier()
 
     parts = build_components(config.model)
-    data = make_dataset(config, parts, config.data.train, training=True)
-    order = Order(len(data.reader), training.global_batch_size, config.run.seed)
-    total = total_steps(config, order)
+    data = training_data(config, parts)
+    plan = make_plan(config, data, lengths_for_all_ranks(config, data))
+    total = total_steps(config, plan)
     model = build_model(config.model, parts, precision(config), ds_config, config.run.seed)
     if config.model.init_from and not found:
         source = checkpoint.newest(Path(config.model.init_from))
@@ -116,11 +115,10 @@ def train(config: RunConfig) -> int:
     engine, optimizer, *_ = distributed.deepspeed.initialize(
         model=model, optimizer=make_optimizer(groups, config, offload), config=ds_config
     )
-    keys = data.reader.table["key"].to_pylist()
     manifest = {
         "model": checkpoint.fingerprint(engine.module),
         "bf16": precision(config) == torch.bfloat16,
-        "order": digest([*keys, f"{order.global_batch}/{order.seed}"]),
+        "order": plan.hash,
     }
     step = 0
     if found:
@@ -131,21 +129,25 @@ def train(config: RunConfig) -> int:
         print(
             f"{config.run.name}: steps {step} to {total}, {world} rank(s), ZeRO-{engine.zero_optimization_stage()}, "
             f"{str(precision(config)).removeprefix('torch.')}, global batch {training.global_batch_size} = "
-            f"{training.micro_batch_size} x {world} x {accumulation}, {len(keys)} samples",
+            f"{training.micro_batch_size} x {world} x {accumulation}{' packs' if plan.packing else ''}, "
+            f"{len(data.reader)} samples, plan {plan.hash}",
             flush=True,
         )
+        if plan.packing:
+            print(plan.advice(), flush=True)
     meters = Meters(run, step, total, config.run.tensorboard) if rank == 0 else None
 
     last = min(total, training.stop_after or total)
 
-    def work() -> Iterator[list[tuple[int, int]]]:
-        for n, batch in enumerate(order.global_batches(step, last), start=step):
-            for micro in micro_batches(batch, rank, world, training.micro_batch_size, accumulation):
-                yield [(number, order.epoch(n)) for number in micro]
+    def work() -> Iterator[Sequence[Draw]]:
+        for packs in plan.global_batches(step, last):
+            for micro in plan.share(packs, rank, world, training.micro_batch_size, accumulation):
+                yield [draw for pack in micro for draw in pack]
 
     loader = load_batches(data, work(), config.data.workers)
     seen, quarantined = 0.0, 0.0
-    for batch_numbers in order.global_batches(step, last):
+    for packs in plan.global_batches(step, last):
+        batch_numbers = [number for pack in packs for number, _ in pack]
         started = time.perf_counter()
         batches = [next(loader) for _ in range(accumulation)]
         data_seconds = time.perf_counter() - started
@@ -184,7 +186,7 @@ def train(config: RunConfig) -> int:
                 engine.step()
         mean_loss = distributed.sum_over_ranks([loss_sum.item()])[0] / supervised
         if not math.isfinite(mean_loss):
-            some = ", ".join(keys[i] for i in batch_numbers[:8])
+            some = ", ".join(data.reader.keys(batch_numbers[:8]))
             raise UserError(f"step {step + 1}: the loss is {mean_loss}; no update was made; the batch is {some} ...")
         grad_norm = _plain_grad_norm(engine) if engine.zero_optimization_stage() == 0 else None
         engine.step()
@@ -195,20 +197,21 @@ def train(config: RunConfig) -> int:
             meters.write(
                 {
                     "step": step,
-                    "epoch": order.epoch(step - 1),
+                    "epoch": plan.epoch(step - 1),
                     "loss": mean_loss,
                     "grad_norm": grad_norm,
                     "lr": {name: peak * factor for name, peak in zip(group_names, peaks, strict=True)},
                     "tokens": int(tokens),
                     "supervised_tokens": int(supervised),
-                    "padding_share": 1 - tokens / slots,
+                    "samples": len(batch_numbers),
+                    "padding_share": 1 - tokens / (len(packs) * plan.packing.tokens if plan.packing else slots),
                     "images": int(images),
                     "quarantined": int(bad),
                     "seconds": seconds,
                     "data_seconds": data_seconds,
                     "tokens_per_second": tokens / seconds,
                     "memory_gib": peak_memory_gib(),
-                    "batch_digest": digest([keys[i] for i in batch_numbers]),
+                    "batch_digest": digest(data.reader.keys(batch_numbers)),
                 }
             )
         if interrupted or step == last or step % training.checkpoint_every == 0:
@@ -237,7 +240,10 @@ def evaluation_loss(engine: Any, config: RunConfig, parts: Components) -> float:
     micro = config.training.micro_batch_size
     numbers = list(range(len(data.reader)))[: (config.training.evaluation_batches or len(data.reader)) * micro * world]
     batches = range(0, len(numbers), micro * world)  # the same number on every rank
-    work = ([(i, 0) for i in micro_batches(numbers[b : b + micro * world], rank, world, micro, 1)[0]] for b in batches)
+    work: Iterator[list[tuple[int, int | None]]]
+    work = (
+        [(i, None) for i in micro_batches(numbers[b : b + micro * world], rank, world, micro, 1)[0]] for b in batches
+    )
     engine.eval()
     total, count = 0.0, 0
     for batch in load_batches(data, work, 0):

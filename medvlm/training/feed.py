@@ -1,0 +1,134 @@
+"""From a recipe to what feeds its training: the dataset that makes batches, and the plan that says which."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from medvlm.config.schema import Data, RunConfig
+from medvlm.data.augment import Augment
+from medvlm.data.cache import Cache
+from medvlm.data.conversation import ConversationEncoder
+from medvlm.data.images import ImageTransform
+from medvlm.data.lengths import cache_folder, measure_lengths
+from medvlm.data.loader import MicroBatches, SampleEncoder
+from medvlm.data.order import Order, Stage, temperature_weights
+from medvlm.data.packing import Packing
+from medvlm.data.plan import Lengths, Plan
+from medvlm.data.shard_set import expand
+from medvlm.data.shards import ShardReader
+from medvlm.data.storage import is_url
+from medvlm.errors import UserError
+from medvlm.models.build import Components, build_components
+
+
+def make_dataset(config: RunConfig, parts: Components, paths: list[str], *, training: bool) -> MicroBatches:
+    data = config.data
+    augment = Augment(**data.augment.model_dump())
+    encoder = SampleEncoder(
+        ConversationEncoder(parts.tokenizer, parts.chat_template, parts.image_tokens),
+        ImageTransform(parts.processor.image_processor),
+        data.max_length,
+        shuffle=training and data.shuffle_turns,
+        augment=augment if training and augment.active else None,
+        seed=config.run.seed,
+    )
+    padding_free = data.padding_free or (training and data.packing is not None)
+    return MicroBatches(open_shards(data, paths), encoder, parts.tokenizer.pad_token_id, parts.image_size, padding_free)
+
+
+def open_shards(data: Data, paths: list[str]) -> ShardReader:
+    """Remote shards go through a cache of ``data.cache_gib`` in ``data.cache_dir``."""
+    remote = any(is_url(path) for path in expand(paths))
+    return ShardReader(paths, Cache(cache_folder(data.cache_dir), int(data.cache_gib * 2**30)) if remote else None)
+
+
+def training_data(config: RunConfig, parts: Components) -> MicroBatches:
+    return make_dataset(config, parts, [s.path for s in config.data.sources], training=True)
+
+
+def accumulation_steps(config: RunConfig, world: int) -> int:
+    """Micro-steps of a step. Raises UserError where the batch cannot be shared evenly."""
+    micro, batch = config.training.micro_batch_size, config.training.global_batch_size
+    if batch % (micro * world):
+        raise UserError(
+            f"training.global_batch_size: {batch} is not a multiple of micro_batch_size {micro} x {world} rank(s)"
+        )
+    return batch // (micro * world)
+
+
+def needs_lengths(data: Data) -> bool:
+    return data.packing is not None or data.length_grouped
+
+
+def count_lengths(config: RunConfig, dataset: MicroBatches, *, progress: bool) -> Lengths:
+    cache = cache_folder(config.data.cache_dir)
+    return measure_lengths(dataset.reader, dataset.encoder.conversation, cache, config.data.workers, progress)
+
+
+def make_plan(config: RunConfig, dataset: MicroBatches, lengths: Lengths | None) -> Plan:
+    """``lengths`` where `needs_lengths`."""
+    data = config.data
+    reader = dataset.reader
+    sizes, tars = iter(reader.shard_samples), iter(reader.source_tars)
+    sources = [
+        tuple(next(sizes) for _ in range(sum(next(tars) for _ in expand([source.path])))) for source in data.sources
+    ]
+    packing = Packing(data.packing.tokens, data.packing.images) if data.packing else None
+    return Plan(
+        Order(
+            tuple(sources),
+            config.run.seed,
+            data.shuffle_window if data.shuffle == "block" else 0,
+            _stages(data, sources),
+        ),
+        config.training.global_batch_size,
+        index_hash=reader.index_hash,
+        packing=packing,
+        lengths=lengths,
+        length_grouped=data.length_grouped,
+        cache=Path(config.run.dir) / "plan",
+    )
+
+
+def _stages(data: Data, sources: list[tuple[int, ...]]) -> tuple[Stage, ...]:
+    listed = data.sources
+    if data.stages:
+        names = [s.name or s.path for s in listed]
+        return tuple(Stage(s.epochs, tuple(s.weights.get(name, 0.0) for name in names)) for s in data.stages)
+    if data.temperature is not None:
+        return (Stage(weights=temperature_weights([sum(s) for s in sources], data.temperature)),)
+    weights = tuple(s.weight for s in listed if s.weight is not None)
+    return (Stage(weights=weights or None),)
+
+
+def show_plan(config: RunConfig, world: int, start: int, steps: int, as_json: bool) -> None:
+    """Print what each rank is fed in some steps, and how full other capacities would be."""
+    accumulation = accumulation_steps(config, world)
+    dataset = training_data(config, build_components(config.model))
+    lengths = count_lengths(config, dataset, progress=not as_json) if needs_lengths(config.data) else None
+    plan = make_plan(config, dataset, lengths)
+    keys = dataset.reader.keys
+    micro = config.training.micro_batch_size
+    listed = [plan.describe(step, keys, world, micro, accumulation) for step in range(start, start + steps)]
+    if as_json:
+        print(json.dumps({"plan_hash": plan.hash, "steps": listed}))
+        return
+    table = Table("step", "rank", "packs", "samples", "tokens", "images", "full", title=f"plan {plan.hash}")
+    for step in range(start, start + steps):
+        packs = plan.global_batch_at(step)
+        for rank in range(world):
+            mine = [p for part in plan.share(packs, rank, world, micro, accumulation) for p in part]
+            numbers = [number for p in mine for number, _ in p]
+            cells: list[Any] = [step, rank, len(mine), len(numbers)]
+            if lengths is not None:
+                tokens, images = int(lengths.tokens[numbers].sum()), int(lengths.images[numbers].sum())
+                full = f"{tokens / (len(mine) * plan.packing.tokens):.1%}" if plan.packing and mine else ""
+                cells += [tokens, images, full]
+            table.add_row(*map(str, cells))
+    console = Console()
+    console.print(table)
+    if plan.packing:
+        console.print(plan.advice())
