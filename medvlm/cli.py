@@ -9,16 +9,15 @@ from typing import Annotated
 
 import typer
 
+from medvlm import cli_shards
 from medvlm.errors import UserError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
-shards_app = typer.Typer(no_args_is_help=True, help="Index, verify, summarise and show WebDataset shards.")
 prepare_app = typer.Typer(no_args_is_help=True, help="Turn data sets into shards.")
-app.add_typer(shards_app, name="shards")
+app.add_typer(cli_shards.app, name="shards")
 app.add_typer(prepare_app, name="prepare")
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
-Paths = Annotated[list[Path], typer.Argument(help="Shard folders or .tar files.")]
 
 
 @app.command()
@@ -135,72 +134,11 @@ def generate(
     print(Generator(folder).answers([request], max_new_tokens=max_new_tokens, batch_size=1)[0])
 
 
-@shards_app.command("index")
-def shards_index(paths: Paths) -> None:
-    """Write the sidecar index of each tar, ours or foreign."""
-    from medvlm.data.shards import find_tars, write_index
-
-    for tar in find_tars(paths):
-        print(write_index(tar))
-
-
-@shards_app.command("verify")
-def shards_verify(paths: Paths, as_json: Json = False) -> None:
-    """Check every member's checksum, JSON and image, and that no patient is in two splits."""
-    from medvlm.data import inspect
-
-    report = inspect.verify(paths)
-    inspect.print_verify(report, as_json)
-    raise typer.Exit(1 if report["problems"] else 0)
-
-
-@shards_app.command("stats")
-def shards_stats(paths: Paths, as_json: Json = False) -> None:
-    """A table per source and split."""
-    from medvlm.data import inspect
-
-    inspect.print_stats(inspect.stats(paths), as_json)
-
-
-@shards_app.command("show")
-def shards_show(
-    paths: Paths,
-    sample: Annotated[str, typer.Option(help="A key, or a number from 0.")] = "0",
-    images_to: Annotated[Path | None, typer.Option(help="Save the sample's images in this folder.")] = None,
-) -> None:
-    """Print one sample."""
-    from medvlm.data import inspect
-
-    inspect.show(paths, sample, images_to)
-
-
-@shards_app.command("plan")
-def shards_plan(
-    recipe: Annotated[str, typer.Argument(help="A recipe's name, or the path of a .yaml file.")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value ...")] = None,
-    world_size: Annotated[int, typer.Option(min=1, help="Ranks.")] = 1,
-    from_step: Annotated[int, typer.Option(min=0, help="The first step; steps count from 0 here.")] = 0,
-    steps: Annotated[int, typer.Option(min=1, help="How many steps.")] = 1,
-    as_json: Json = False,
-) -> None:
-    """Print what each rank is fed in some steps, without training."""
-    from medvlm.config.load import load_recipe
-    from medvlm.training import feed
-
-    feed.show_plan(load_recipe(recipe, overrides), world_size, from_step, steps, as_json)
-
-
-def _register_prepare() -> None:
-    from data_prep import phantom, tokenizer, vqa_rad
-
-    prepare_app.command("phantom")(phantom.prepare)
-    prepare_app.command("vqa-rad")(vqa_rad.prepare)
-    prepare_app.command("tokenizer")(tokenizer.prepare)
-
-
 def main() -> None:
     if "prepare" in sys.argv[1:2]:
-        _register_prepare()
+        from data_prep.cli import register
+
+        register(prepare_app)
     try:
         app()
     except UserError as error:

@@ -17,6 +17,7 @@ from pydantic import BaseModel
 from typer.testing import CliRunner
 
 import medvlm
+from data_prep import cli as prepare_cli
 from medvlm import cli
 from medvlm.config.load import load_recipe, recipe_names
 from medvlm.config.schema import RunConfig
@@ -76,7 +77,7 @@ def check_medvlm(words: list[str]) -> None:
 def whole_command():
     """With the commands of ``medvlm prepare``, which `main` registers only when they are asked for."""
     if not cli.prepare_app.registered_commands:
-        cli._register_prepare()
+        prepare_cli.register(cli.prepare_app)
     return typer.main.get_command(cli.app)
 
 

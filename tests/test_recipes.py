@@ -24,7 +24,7 @@ def test_tiny_recipe_trains_on_two_ranks(name, tmp_path):
 
 @needs_smollm2
 def test_real_vqa_rad_with_real_smollm2_trains_exports_and_evaluates(test_data, tmp_path):
-    medvlm("prepare", "vqa-rad", test_data / "vqa_rad", tmp_path / "data", "--split", "official")
+    medvlm("prepare", "vqa-rad", test_data / "vqa_rad", tmp_path / "data", "--allow-leak")
     overrides = [
         f"run.root={tmp_path}",
         f"data.train=[{tmp_path}/data/train]",

@@ -6,13 +6,16 @@ import re
 import tarfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import webdataset
 from PIL import Image as PILImage
 
+from medvlm.data import statistics
 from medvlm.data.inspect import find, print_stats, print_verify, show, stats, verify
 from medvlm.data.schema import Sample
-from medvlm.data.shards import ShardReader, index_path, write_index, write_shards
+from medvlm.data.shards import ShardReader, index_path, index_shards, write_index, write_shards
+from medvlm.data.volumes import encode_volume
 from medvlm.errors import UserError
 
 DOCS = Path(__file__).parents[1] / "docs" / "data-format.md"
@@ -123,6 +126,61 @@ def test_a_key_in_two_shards_of_a_folder_is_found(tmp_path):
     assert reasons(tmp_path) == "same: the key occurs twice, first in one-000000.tar"
 
 
+def test_several_processes_find_the_same_as_one(tmp_path):
+    for n in range(5):
+        tar = write_shards([item(f"s{n}-{i}", patient_id=f"p{i}") for i in range(3)], tmp_path / "a", f"x{n}")[0]
+    write_shards([item("t0", patient_id="p2", split="test")], tmp_path / "b", "x")
+    write_shards([item("s0-1")], tmp_path / "a", "z")
+    damage(tar, data_of(tar, "s4-1.0.png") + 60, b"\x00\x01\x02\x03")
+    report = verify([tmp_path / "a", tmp_path / "b"], workers=3)
+    assert report == verify([tmp_path / "a", tmp_path / "b"], workers=1)
+    assert (report["shards"], report["samples"], report["images"]) == (7, 17, 16)
+    assert [(p["key"], p["reason"]) for p in report["problems"]] == [
+        ("s4-1", "member '0.png' fails its crc32"),
+        ("s0-1", "the key occurs twice, first in x0-000000.tar"),
+        ("t0", "demo patient or study 'p2' is in test and train"),
+    ]
+
+
+def volume(array: np.ndarray, **values: object) -> tuple[Sample, dict[str, bytes]]:
+    image = {"file": "0.b2", "width": 6, "height": 5, "depth": 40, "spacing": [1, 1, 2], **values}
+    return item("v", images=[image])[0], {"0.b2": encode_volume(array)}
+
+
+@pytest.mark.parametrize(
+    ("array", "values", "reason"),
+    [
+        (np.zeros((40, 5, 6), np.int16), {}, None),
+        (np.zeros((2, 40, 5, 6), np.uint8), {"windows": [(40, 400), (-600, 1500)]}, None),
+        (np.zeros((39, 5, 6), np.int16), {}, "image '0.b2' is 6x5x39, the JSON says 6x5x40"),
+        (np.zeros((40, 5, 6), np.int16), {"depth": None}, "image '0.b2' is 6x5x40, the JSON says 6x5"),
+        (np.zeros((2, 40, 5, 6), np.uint8), {"windows": [(40, 400)]}, "has 2 channel(s), the JSON names 1 window(s)"),
+        (np.zeros((40, 5, 6), np.int16), {"spacing": [1, 1]}, "image '0.b2' has 3 dimensions, the JSON's spacing 2"),
+    ],
+)
+def test_a_volume_is_decoded_and_compared_with_its_json(tmp_path, array, values, reason):
+    write_shards([volume(array, **values)], tmp_path, "demo")
+    found = reasons(tmp_path)
+    assert reason in found if reason else found == ""
+
+
+def test_a_volume_that_does_not_decode_is_found(tmp_path):
+    sample, members = volume(np.random.default_rng(0).integers(-1000, 1000, (40, 5, 6), dtype=np.int16))
+    data = members["0.b2"]
+    damaged = data[:800] + bytes(200) + data[1000:]
+    for name, content in (("text", b"text"), ("cut", data[:-300]), ("damaged", damaged)):
+        write_shards([(sample, {"0.b2": content})], tmp_path / name, "demo")
+        assert "v: image '0.b2' does not decode (unreadable volume" in reasons(tmp_path / name), name
+
+
+def test_a_folder_index_that_is_out_of_date_is_found(tmp_path):
+    tar = write_shards([item("a")], tmp_path, "demo")[0]
+    list(index_shards([tmp_path]))
+    assert reasons(tmp_path) == ""
+    write_shards([item("b")], tmp_path, "demo")
+    assert reasons(tar) == "None: index.arrow of the folder is out of date for this shard; index the folder again"
+
+
 def test_a_patient_in_two_splits_is_found_when_the_splits_are_given_together(tmp_path):
     write_shards([item("a", patient_id="p1"), item("b", patient_id="p2")], tmp_path / "train", "demo")
     write_shards([item("c", patient_id="p1", split="test")], tmp_path / "test", "demo")
@@ -174,6 +232,22 @@ def test_stats_count_per_source_and_split(tmp_path, capsys):
     assert json.loads(capsys.readouterr().out) == rows
     print_stats(rows)
     assert "Pneumonia" in capsys.readouterr().out
+
+
+def test_stats_read_the_json_of_some_samples_and_say_so(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(statistics, "AT_LEAST", 10)
+    for split, count in (("train", 300), ("test", 20)):
+        write_shards([item(f"{split}{n}", b"", split=split) for n in range(count)], tmp_path / split, "demo")
+    paths = [tmp_path / "train", tmp_path / "test"]
+    every, some = stats(paths, limit=None), stats(paths, limit=100)
+    assert [row["parsed"] for row in every] == [20, 300] and [row["parsed"] for row in some] == [10, 93]
+    for whole, part in zip(every, some, strict=True):
+        for name in ("samples", "images", "questions", "groups", "width", "height", "characters"):
+            assert whole[name] == part[name]
+        assert part["labels"]["Pneumonia"]["positive"] == part["closed"] == part["parsed"]
+        assert (whole["patients"], part["patients"]) == (whole["samples"], None)
+    print_stats(some)
+    assert "of 103 evenly spaced ones of 320 samples" in capsys.readouterr().out
 
 
 def test_show_prints_a_sample_and_saves_its_images(tar, tmp_path, capsys):

@@ -3,14 +3,17 @@
 import io
 import json
 import os
+from collections import Counter
 from pathlib import Path
 
 import pytest
-import typer
+from archives import kept
 from PIL import Image as PILImage
-from typer.testing import CliRunner
+from questions_archives import reasons, samples
 
-from data_prep.vqa_rad import RELEASE, assign, build, prepare
+from data_prep.pipeline import PipelineOptions, run
+from data_prep.pixels import PixelOptions
+from data_prep.vqa_rad import CONVERTER, RELEASE, assign, items
 from medvlm.data.inspect import verify
 from medvlm.data.shards import ShardReader
 from medvlm.errors import UserError
@@ -55,35 +58,46 @@ def release(tmp_path: Path):
     return make
 
 
+def prepare(source: Path, out: Path, **options: object) -> tuple[dict, dict[str, ShardReader]]:
+    """The pipeline's report, and a reader of each split."""
+    settings = PipelineOptions(pixels=PixelOptions(), workers=1, max_bad=0.9, allow_leak=bool(options.pop("leak", 0)))
+    report = run(CONVERTER, source, str(out), settings, **options)
+    folders = [out / s for s in ("train", "validation", "test") if (out / s).is_dir()]
+    return report, {f.name: ShardReader(sorted(f.glob("*.tar"))) for f in folders}
+
+
 @pytest.fixture(scope="module")
-def official(tmp_path_factory: pytest.TempPathFactory):
-    out = tmp_path_factory.mktemp("vqa_rad") / "official"
-    return out, build(DATA, out)
+def official():
+    return list(items(DATA))
+
+
+def counts(found: list, split: str) -> tuple[int, int, int, int]:
+    """Questions, images, closed and open questions of a split."""
+    here = [s for s in samples(found).values() if s.split == split]
+    kinds = Counter(m.answer_type for s in here for m in s.messages[1::2])
+    return sum(kinds.values()), len(here), kinds["closed"], kinds["open"]
 
 
 @needs_release
 def test_official_split_has_the_published_counts(official):
-    _, report = official
-    train, test = report["splits"]["train"], report["splits"]["test"]
-    assert (test["questions"], test["images"], test["closed"], test["open"]) == (451, 203, 272, 179)
-    assert (train["questions"], train["images"], train["dropped"]) == (1793, 313, {"duplicate question": 4})
-    assert train["questions"] + test["questions"] + 4 == report["rows"] == 2248
-    assert train["closed"] + train["open"] == train["questions"]
+    assert counts(official, "test") == (451, 203, 272, 179)
+    train = counts(official, "train")
+    assert train[:2] == (1793, 313) and sum(train[2:]) == 1793
+    assert reasons(official) == {("train", "duplicate question"): 4, (None, "image without question"): 1}
+    assert train[0] + 451 + 4 == len(json.loads((DATA / RELEASE).read_text())) == 2248
 
 
 @needs_release
-def test_official_split_reports_that_its_test_images_occur_in_train(official):
-    out, report = official
-    names = {s: {i.image_id for i in samples(out / s, "images")} for s in ("train", "test")}
-    assert report["test_images_in_train"] == len(names["train"] & names["test"]) == 202
-    assert report["test_images"] == 203
-    assert any("in test and train" in p["reason"] for p in verify([out / "train", out / "test"])["problems"])
+def test_official_split_says_that_its_test_images_occur_in_train(official, caplog):
+    names = {s: {i.images[0].image_id for i in kept(official) if i.fields["split"] == s} for s in ("train", "test")}
+    assert (len(names["train"] & names["test"]), len(names["test"])) == (202, 203)
+    list(items(DATA))
+    assert "202 of 203 test images also occur in train" in caplog.text
 
 
 @needs_release
 def test_integer_answers_and_stray_white_space_become_tidy_text(official):
-    out, _ = official
-    messages = [m for s in ("train", "test") for m in samples(out / s, "messages")]
+    messages = [m for s in samples(official).values() for m in s.messages]
     assert sum(m.role == "assistant" for m in messages) == 2244
     assert all(m.text == " ".join(m.text.split()) and m.text for m in messages)
     assert {m.answer_type for m in messages if m.role == "assistant"} == {"closed", "open"}
@@ -92,39 +106,35 @@ def test_integer_answers_and_stray_white_space_become_tidy_text(official):
 
 
 @needs_release
-def test_jpeg_bytes_are_those_of_the_release_with_their_true_size(official):
-    out, _ = official
-    reader = ShardReader(out / "test")
+def test_image_disjoint_split_shares_no_image_and_no_case(official, caplog):
+    found = list(items(DATA, "image-disjoint"))
+    made = samples(found)
+    groups = {s: {m.group for m in made.values() if m.split == s} for s in ("train", "validation", "test")}
+    assert sum(map(len, groups.values())) == len(set.union(*groups.values()))
+    images = Counter(m.split for m in made.values())
+    assert sum(images.values()) == 314 and min(images.values()) >= 20
+    assert sum(len(m.messages) // 2 for m in made.values()) == 2244
+    assert "also occur" not in caplog.text
+
+
+@needs_release
+def test_the_release_goes_through_the_pipeline_with_its_pixels_and_twice_with_the_same_bytes(tmp_path):
+    with pytest.raises(UserError, match=r"in more than one split.*--allow-leak"):
+        prepare(DATA, tmp_path / "refused")
+    report, splits = prepare(DATA, tmp_path / "one", leak=True)
+    assert {name: len(reader) for name, reader in splits.items()} == {"train": 313, "test": 203}
+    assert "duplicate question" in repr(report)
+    reader = splits["test"]
     for i in (0, 100, 202):
         image = reader.sample(i).images[0]
-        original = (DATA / "images" / image.image_id).read_bytes()
-        assert reader.images(i) == [original]
-        with PILImage.open(io.BytesIO(original)) as opened:
-            assert opened.size == (image.width, image.height)
-
-
-@needs_release
-def test_image_disjoint_split_shares_no_image_and_no_case(tmp_path):
-    report = build(DATA, tmp_path, "image-disjoint")
-    folders = [tmp_path / s for s in ("train", "validation", "test")]
-    assert report["test_images_in_train"] == 0
-    assert sum(s["questions"] for s in report["splits"].values()) == 2244
-    assert sum(s["images"] for s in report["splits"].values()) == 314
-    assert min(s["images"] for s in report["splits"].values()) >= 20
-    assert verify(folders)["problems"] == []
-
-
-@needs_release
-def test_writing_twice_gives_the_same_bytes(official, tmp_path):
-    out, _ = official
-    build(DATA, tmp_path)
-    name = Path("test") / "vqa_rad-000000.tar"
-    assert (tmp_path / name).read_bytes() == (out / name).read_bytes()
-
-
-def samples(folder: Path, attribute: str) -> list:
-    reader = ShardReader(folder)
-    return [item for i in range(len(reader)) for item in getattr(reader.sample(i), attribute)]
+        with PILImage.open(DATA / "images" / image.image_id) as original:
+            with PILImage.open(io.BytesIO(reader.images(i)[0])) as stored:
+                assert stored.tobytes() == original.tobytes()
+            assert original.size == (image.width, image.height)
+    prepare(DATA, tmp_path / "two", leak=True)
+    for name in ("train", "test"):
+        (tar,) = (tmp_path / "one" / name).glob("*.tar")
+        assert tar.read_bytes() == (tmp_path / "two" / name / tar.name).read_bytes()
 
 
 def test_all_questions_of_an_image_become_one_conversation(release, tmp_path):
@@ -132,8 +142,8 @@ def test_all_questions_of_an_image_become_one_conversation(release, tmp_path):
         row(1, answer=2, answer_type="OPEN", question_type="COUNT"),
         row(2, question=" Is it  \t big? ", answer_type="CLOSED ", question_type="SIZE, PRSE"),
     ]
-    build(release(rows), tmp_path / "out")
-    sample = ShardReader(tmp_path / "out" / "train").sample(0)
+    _, splits = prepare(release(rows), tmp_path / "out")
+    sample = splits["train"].sample(0)
     assert [m.n_images for m in sample.messages] == [1, 0, 0, 0]
     assert sample.messages[0].content[0].type == "image"
     assert [m.text for m in sample.messages] == ["Question 1?", "2", "Is it big?", "yes"]
@@ -142,14 +152,14 @@ def test_all_questions_of_an_image_become_one_conversation(release, tmp_path):
     assert (sample.source, sample.license, sample.study_id) == ("vqa_rad", "CC0-1.0", "case-a")
     assert (sample.images[0].image_id, sample.images[0].width, sample.images[0].height) == ("a.jpg", 20, 10)
     assert sample.metadata["qids"] == ["1", "2"]
+    assert verify([tmp_path / "out" / "train"])["problems"] == []
 
 
-def test_of_a_duplicate_across_splits_the_test_copy_stays(release, tmp_path):
+def test_of_a_duplicate_across_splits_the_test_copy_stays(release):
     same = {"question": "Same?", "answer": "no"}
-    rows = [row(1, **same), row(2), row(3, **same, phrase_type="test_para")]
-    report = build(release(rows), tmp_path / "out")
-    assert report["splits"]["test"]["questions"] == 1
-    assert report["splits"]["train"]["dropped"] == {"duplicate question": 1}
+    found = list(items(release([row(1, **same), row(2), row(3, **same, phrase_type="test_para")])))
+    assert [m.text for m in samples(found)["a-test"].messages] == ["Same?", "no"]
+    assert reasons(found) == {("train", "duplicate question"): 1}
 
 
 def test_missing_and_unreadable_images_and_bad_rows_are_listed_not_lost(release, tmp_path):
@@ -157,15 +167,18 @@ def test_missing_and_unreadable_images_and_bad_rows_are_listed_not_lost(release,
     rows = [row(n, image_name=name) for n, name in enumerate(names)]
     rows[3]["answer"] = "  "
     del rows[5]["answer_type"]
-    report = build(release(rows, {"a.jpg": jpeg(), "broken.jpg": jpeg()[:100]}), tmp_path / "out")
-    lines = [json.loads(line) for line in (tmp_path / "out" / "quarantine.jsonl").read_text().splitlines()]
-    assert report["quarantined"] == len(lines) == 5
-    assert report["splits"]["train"]["dropped"] == {"missing image": 1, "unreadable image": 1}
-    assert report["dropped_without_split"] == {"bad row": 3}
-    assert report["splits"]["train"]["questions"] == 1
-    reasons = " ".join(line["reason"] for line in lines)
-    for part in ("missing image", "unreadable image", "empty answer", "not a plain file name", "lacks answer_type"):
-        assert part in reasons
+    source = release(rows, {"a.jpg": jpeg(), "broken.jpg": b"404: not found", "extra.jpg": jpeg()})
+    found = list(items(source))
+    assert reasons(found) == {(None, "bad row"): 3, (None, "image without question"): 1, ("train", "missing image"): 1}
+    told = " ".join(f"{d.what} {d.reason}" for d in found if hasattr(d, "what"))
+    for part in ("gone.jpg", "empty answer", "not a plain file name", "lacks answer_type", "extra.jpg"):
+        assert part in told
+    report, splits = prepare(source, tmp_path / "out")
+    assert [splits["train"].key(i) for i in range(len(splits["train"]))] == ["a-train"]
+    quarantine = [
+        line for path in (tmp_path / "out").rglob("*quarantine*.jsonl") for line in path.read_text().splitlines()
+    ]
+    assert any("broken.jpg" in line for line in quarantine), report
 
 
 def test_the_assignment_of_a_case_never_changes():
@@ -177,19 +190,8 @@ def test_the_assignment_of_a_case_never_changes():
 
 def test_a_missing_release_and_an_old_output_are_refused_with_a_sentence(release, tmp_path):
     with pytest.raises(UserError, match="give the folder of the VQA-RAD release"):
-        build(tmp_path / "nowhere", tmp_path / "out")
+        list(items(tmp_path / "nowhere"))
     folder = release([row(1)])
-    build(folder, tmp_path / "out")
-    with pytest.raises(UserError, match="already holds shards"):
-        build(folder, tmp_path / "out", "image-disjoint")
-
-
-def test_the_command_prints_a_table_or_json(release, tmp_path):
-    app = typer.Typer()
-    app.command()(prepare)
-    folder = release([row(1), row(2, phrase_type="test_freeform")])
-    table = CliRunner().invoke(app, [str(folder), str(tmp_path / "one"), "--split", "official"])
-    assert table.exit_code == 0 and "1 of 1 test images also occur in train" in table.output
-    machine = CliRunner().invoke(app, [str(folder), str(tmp_path / "two"), "--json"])
-    assert json.loads(machine.output)["splits"]["test"]["questions"] == 1
-    assert CliRunner().invoke(app, [str(folder), str(tmp_path / "three"), "--split", "mine"]).exit_code == 2
+    prepare(folder, tmp_path / "out")
+    with pytest.raises(UserError, match="begun differently"):
+        prepare(folder, tmp_path / "out", split="image-disjoint")

@@ -104,5 +104,10 @@ def suggest(tokens: np.ndarray, images: np.ndarray, packing: Packing, step: int 
     tokens, images = tokens[:5000], images[:5000]
     low = max(int(tokens.max(initial=1)), packing.tokens * 3 // 4)
     sizes = sorted({packing.tokens, *range(-(-low // step) * step, packing.tokens * 5 // 4 + 1, step)})
-    packed = {size: pack(tokens, images, Packing(size, packing.images, packing.lookahead)) for size in sizes}
-    return {size: fill(tokens, packs, size) for size, packs in packed.items()}
+    fills = {}
+    for size in sizes:
+        packs = pack(tokens, images, Packing(size, packing.images, packing.lookahead))
+        last = packs.starts[-2] if len(packs) > 1 else packs.starts[-1]  # few draws say nothing about the last pack
+        whole = Packs(packs.members[:last], packs.starts[:-1]) if len(packs) > 1 else packs
+        fills[size] = fill(tokens[whole.members], whole, size)
+    return fills

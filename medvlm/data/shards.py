@@ -1,44 +1,43 @@
-"""WebDataset tar shards with a sidecar Arrow index that gives random access with one ``pread`` per member.
+"""WebDataset tar shards, local or remote: writing them, and random access through their index."""
 
-``NAME-000000.tar`` is a plain WebDataset tar; ``NAME-000000.arrow`` beside it holds one row per sample.
-"""
-
-import io
+import itertools
 import os
-import tarfile
 import zlib
-from collections.abc import Iterable, Sequence
+from bisect import bisect_right
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
+from hashlib import sha256
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import pyarrow as pa
-import pyarrow.feather as feather
 import webdataset
-from PIL import Image as PILImage
 
-from medvlm.data.schema import IMAGE_EXTENSIONS, Sample, parse_sample
+from medvlm.data.cache import Cache
+from medvlm.data.index import INDEX_SCHEMA, MERGED, commit, index_path, index_tar, write_index
+from medvlm.data.schema import IMAGE_EXTENSIONS, VOLUME_EXTENSION, Sample, parse_sample
+from medvlm.data.shard_set import check_size, expand, find_tars, index_shards, merge_index, open_shards
+from medvlm.data.storage import StorageError, is_url, read_range
 from medvlm.errors import UserError
 
-INDEX_SCHEMA = pa.schema(
-    [
-        ("key", pa.string()),
-        ("source", pa.string()),
-        ("split", pa.string()),
-        ("group", pa.string()),  # the patient, or the nearest thing known: see Sample.group
-        ("members", pa.list_(pa.string())),  # extensions, as in the tar: "json", "0.jpg"
-        ("offsets", pa.list_(pa.int64())),  # of each member's first byte in the tar
-        ("sizes", pa.list_(pa.int64())),  # bytes
-        ("crc32", pa.list_(pa.uint32())),
-        ("widths", pa.list_(pa.int32())),  # of each image, in pixels
-        ("heights", pa.list_(pa.int32())),
-        ("turns", pa.int32()),
-        ("characters", pa.int32()),  # of the conversation, or of the report where there is none
-        ("labels", pa.list_(pa.string())),  # labels that are mentioned, whatever their value
-    ]
-)
-
-
-def index_path(tar: str | Path) -> Path:
-    return Path(tar).with_suffix(".arrow")
+__all__ = [
+    "INDEX_SCHEMA",
+    "MERGED",
+    "Cache",
+    "ShardReader",
+    "find_tars",
+    "index_path",
+    "index_shards",
+    "index_tar",
+    "merge_index",
+    "write_index",
+    "write_shard",
+    "write_shards",
+]
+PIXELS = (*IMAGE_EXTENSIONS, VOLUME_EXTENSION)
+GAP = 64 << 10  # bytes between members of a sample that are cheaper to read than to skip
 
 
 def write_shards(
@@ -51,175 +50,267 @@ def write_shards(
     out.mkdir(parents=True, exist_ok=True)
     shards: list[Path] = []
     seen: set[str] = set()
-    writer: webdataset.TarWriter | None = None
 
-    def close() -> None:
-        if writer is not None:
-            writer.close()
-            part = shards[-1].with_suffix(".tar.part")
-            with part.open("rb") as file:
-                os.fsync(file.fileno())
-            os.replace(part, shards[-1])
-            write_index(shards[-1])
+    def unique() -> Iterator[tuple[Sample, dict[str, bytes]]]:
+        for sample, members in items:
+            if sample.key in seen:
+                raise UserError(f"{out}: key {sample.key!r} occurs twice; keys must be unique in a shard set")
+            seen.add(sample.key)
+            yield sample, members
 
-    for n, (sample, members) in enumerate(items):
-        if n % samples_per_shard == 0:
-            close()
-            shards.append(out / f"{prefix}-{len(shards):06d}.tar")
-            writer = webdataset.TarWriter(
-                str(shards[-1].with_suffix(".tar.part")), encoder=False, user="medvlm", group="medvlm", mtime=0
-            )
-        if sample.key in seen:
-            raise UserError(f"{out}: key {sample.key!r} occurs twice; keys must be unique in a shard set")
-        seen.add(sample.key)
-        missing = [i.file for i in sample.images if i.file not in members]
-        if missing:
-            raise UserError(f"{out}: sample {sample.key!r} names image member(s) {missing} that were not given")
-        assert writer is not None
-        record = sample.model_dump_json(exclude_defaults=True).encode()
-        writer.write({"__key__": sample.key, "json": record, **dict(sorted(members.items()))})
-    close()
+    rest = unique()
+    for first in rest:
+        shards.append(out / f"{prefix}-{len(shards):06d}.tar")
+        write_shard(itertools.chain([first], itertools.islice(rest, samples_per_shard - 1)), shards[-1])
     if not shards:
         raise UserError(f"{out}: there is nothing to write")
     return shards
 
 
-def index_tar(tar: str | Path) -> pa.Table:
-    """Index any WebDataset tar, ours or foreign. Raises UserError where the tar is truncated or damaged."""
-    path = Path(tar)
-    rows: dict[str, dict] = {}
-    try:
-        with tarfile.open(path, "r:") as archive:
-            for member in archive:
-                if not member.isfile():
-                    continue
-                folder, _, name = member.name.rpartition("/")
-                stem, _, extension = name.partition(".")
-                key = f"{folder}/{stem}" if folder else stem
-                row = rows.setdefault(key, {name: [] for name in ("members", "offsets", "sizes", "crc32", "data")})
-                handle = archive.extractfile(member)
-                assert handle is not None
-                data = handle.read()
-                if len(data) != member.size:
-                    raise UserError(f"{path}: truncated inside member {member.name!r}")
-                values = (extension.lower(), member.offset_data, member.size, zlib.crc32(data), data)
-                for column, value in zip(row.values(), values, strict=True):
-                    column.append(value)
-            # tarfile takes a damaged header for the end of the archive, silently: a real end is two blocks of zeros.
-            with path.open("rb") as raw:
-                raw.seek(archive.offset)
-                if any(raw.read()):
-                    raise UserError(f"{path}: damaged header at byte {archive.offset}, members after it are unreadable")
-    except (tarfile.TarError, OSError, EOFError) as error:
-        raise UserError(f"{path}: not a readable tar ({error})") from None
-    return pa.Table.from_pylist([_index_row(key, row) for key, row in rows.items()], schema=INDEX_SCHEMA)
+def write_shard(items: Iterable[tuple[Sample, dict[str, bytes]]], path: Path) -> None:
+    """Write one tar and its sidecar index. The same items give the same bytes.
+
+    The tar appears under its name only when it is complete and on the disk, the index after it. Raises UserError for
+    a key that occurs twice in it, and for an image that is named but not given.
+    """
+    part = path.with_name(path.name + ".part")
+    seen: set[str] = set()
+    with (
+        part.open("wb") as file,
+        webdataset.TarWriter(file, encoder=False, user="medvlm", group="medvlm", mtime=0) as writer,
+    ):
+        for sample, members in items:
+            if sample.key in seen:
+                raise UserError(f"{path}: key {sample.key!r} occurs twice; keys must be unique in a shard set")
+            seen.add(sample.key)
+            missing = [i.file for i in sample.images if i.file not in members]
+            if missing:
+                raise UserError(f"{path}: sample {sample.key!r} names image member(s) {missing} that were not given")
+            record = sample.model_dump_json(exclude_defaults=True).encode()
+            writer.write({"__key__": sample.key, "json": record, **members})
+    commit(part, path)
+    write_index(path)
 
 
-def _index_row(key: str, row: dict) -> dict:
-    members = dict(zip(row["members"], row.pop("data"), strict=True))
-    try:
-        sample = parse_sample(members.get("json", b""), key)
-    except UserError:  # a foreign tar: index what can be seen; `medvlm shards verify` tells what is wrong
-        sample = None
-    sizes = [_image_size(data) for name, data in sorted(members.items()) if name.split(".")[-1] in IMAGE_EXTENSIONS]
-    if sample is not None:
-        sizes = [(i.width, i.height) for i in sample.images]
-    texts = [m.text for m in sample.messages] or list(sample.report.values()) if sample else []
-    return {
-        **row,
-        "key": key,
-        "source": sample.source if sample else "",
-        "split": sample.split if sample else "",
-        "group": sample.group if sample else key,
-        "widths": [w for w, _ in sizes],
-        "heights": [h for _, h in sizes],
-        "turns": sum(m.role == "assistant" for m in sample.messages) if sample else 0,
-        "characters": sum(map(len, texts)),
-        "labels": [k for k, v in sample.labels.items() if v is not None] if sample else [],
-    }
+class Row(NamedTuple):
+    """Where a sample lies: ``shard`` is the number of its tar; the members in the order of the tar."""
+
+    key: str
+    shard: int
+    members: list[str]
+    offsets: list[int]
+    sizes: list[int]
+    crc32: list[int]
 
 
-def _image_size(data: bytes) -> tuple[int, int]:
-    try:
-        with PILImage.open(io.BytesIO(data)) as image:
-            return image.size
-    except OSError:
-        return (0, 0)
+def _one_chunk(column: pa.ChunkedArray) -> pa.Array:
+    return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
 
 
-def write_index(tar: str | Path) -> Path:
-    """Write the sidecar index of one tar, atomically; returns its path."""
-    target = index_path(tar)
-    part = target.with_suffix(".arrow.part")
-    feather.write_feather(index_tar(tar), part, compression="zstd")
-    os.replace(part, target)
-    return target
+class _Rows:
+    """Views of the index's columns, without a copy, that give Python values quickly: 10 us through pyarrow, 1 here."""
 
+    def __init__(self, table: pa.Table):
+        def values(array: pa.Array) -> memoryview:
+            return array.to_numpy(zero_copy_only=True).data
 
-def find_tars(paths: Sequence[str | Path]) -> list[Path]:
-    """Tars named directly or lying in the folders named, sorted by name. Raises UserError where there are none."""
-    tars: list[Path] = []
-    for path in map(Path, paths):
-        if not path.exists():
-            raise UserError(f"{path}: no such file or folder")
-        found = sorted(path.glob("*.tar")) if path.is_dir() else [path]
-        if not found:
-            raise UserError(f"{path}: holds no .tar shards")
-        tars += found
-    return tars
+        keys, members = _one_chunk(table["key"]), _one_chunk(table["members"])
+        _, offsets, data = keys.buffers()
+        self.key_at = np.frombuffer(offsets or b"", np.int64)[keys.offset :].data
+        self.key_data = memoryview(data or b"")
+        self.start = values(members.offsets)
+        self.code, self.words = values(members.values.indices), members.values.dictionary.to_pylist()
+        self.offset, self.size, self.crc = (values(_one_chunk(table[n]).values) for n in ("offsets", "sizes", "crc32"))
+        self.shard = values(_one_chunk(table["shard"]))
+
+    def key(self, i: int) -> str:
+        return str(self.key_data[self.key_at[i] : self.key_at[i + 1]], "utf-8")
+
+    def __getitem__(self, i: int) -> Row:
+        span = slice(self.start[i], self.start[i + 1])
+        members = [self.words[code] for code in self.code[span]]
+        return Row(
+            self.key(i),
+            self.shard[i],
+            members,
+            self.offset[span].tolist(),
+            self.size[span].tolist(),
+            self.crc[span].tolist(),
+        )
 
 
 class ShardReader:
-    """Random access to the samples of a shard set, in the order of the tars.
+    """Random access to the samples of a shard set, in the order of the paths and their tars.
 
-    ``paths`` are folders or tars. Every tar needs its index (``medvlm shards index``) and the size the index expects.
+    ``paths`` are folders, tars or URLs of them. Every tar needs its index (``medvlm shards index``) and the size the
+    index expects. Remote reads go through ``cache`` where one is given, else each sample is a request. Every read is
+    compared with its crc32 (5 GB/s). At most ``open_files`` tars are open at a time. For one thread, and safe to fork.
     """
 
-    def __init__(self, paths: str | Path | Sequence[str | Path]):
-        self.tars = find_tars([paths] if isinstance(paths, str | Path) else paths)
-        tables = []
-        for number, tar in enumerate(self.tars):
-            if not index_path(tar).exists():
-                raise UserError(f"{tar}: has no index; run `medvlm shards index {tar}`")
-            table = feather.read_table(index_path(tar))
-            if len(table):
-                last = table.slice(len(table) - 1).to_pylist()[0]
-                end = max(o + s for o, s in zip(last["offsets"], last["sizes"], strict=True))
-                if tar.stat().st_size < end:
-                    raise UserError(f"{tar}: truncated, its index expects at least {end} bytes")
-            tables.append(table.append_column("shard", pa.array([number] * len(table), pa.int32())))
-        self.table = pa.concat_tables(tables)
-        self._files: dict[int, int] = {}
-        self._pid = os.getpid()
+    def __init__(self, paths: str | Path | Sequence[str | Path], cache: Cache | None = None, *, open_files: int = 64):
+        sets = [open_shards(path, cache) for path in expand([paths] if isinstance(paths, str | Path) else paths)]
+        self.cache, self.open_files = cache, open_files
+        self.tars: list[Path | str] = [p if is_url(p) else Path(p) for s in sets for p in s.places]
+        self.source_tars = [len(s.tars) for s in sets]  # of each path
+        self._described = [tar for s in sets for tar in s.tars]
+        self._sets = sets
+        self._rows = [_Rows(s.table) for s in sets]
+        self._starts = np.cumsum([0, *(len(s.table) for s in sets)]).tolist()
+        self._first_tar = np.cumsum([0, *self.source_tars]).tolist()
+        self._files: OrderedDict[int, int] = OrderedDict()
 
     def __len__(self) -> int:
-        return len(self.table)
+        return self._starts[-1]
+
+    @cached_property
+    def index_hash(self) -> str:
+        """Of the keys, members, sizes and checksums of all samples, in order; the same wherever the shards lie."""
+        return sha256("\n".join(tar.digest for tar in self._described).encode()).hexdigest()
+
+    @property
+    def shard_samples(self) -> list[int]:
+        """The number of samples of each tar."""
+        return [tar.samples for tar in self._described]
+
+    @cached_property
+    def table(self) -> pa.Table:
+        """The index: `INDEX_SCHEMA`, and ``shard``, the number of the sample's tar. One chunk per path."""
+        tables = [s.table.replace_schema_metadata(None) for s in self._sets]
+        for n, first in enumerate(self._first_tar[:-1]):
+            if first:
+                shard = pa.array(tables[n]["shard"].to_numpy() + np.int32(first))
+                tables[n] = tables[n].set_column(tables[n].schema.get_field_index("shard"), "shard", shard)
+        return pa.concat_tables(tables)
+
+    def column(self, name: str) -> np.ndarray:
+        """A column with one value per sample; numbers of a single path are not copied, words are objects."""
+        column = self.table[name]
+        if pa.types.is_list(column.type):
+            raise ValueError(f"column {name!r} holds lists; use lists({name!r})")
+        if column.num_chunks == 1 and pa.types.is_primitive(column.type):
+            return column.chunk(0).to_numpy(zero_copy_only=True)
+        return column.to_numpy()
+
+    def lists(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """A column of lists of numbers: where each sample's begins [samples + 1], and all values end to end."""
+        arrays = [_one_chunk(s.table[name]) for s in self._sets]
+        values = [a.values.to_numpy() for a in arrays]
+        if len(arrays) == 1:
+            return arrays[0].offsets.to_numpy(), values[0]
+        lengths = [np.diff(a.offsets.to_numpy()) for a in arrays]
+        return np.concatenate([[0], np.cumsum(np.concatenate(lengths), dtype=np.int64)]), np.concatenate(values)
+
+    def _at(self, i: int) -> tuple[int, int]:
+        if not 0 <= i < len(self):
+            raise IndexError(f"sample {i} of {len(self)}")
+        part = bisect_right(self._starts, i) - 1
+        return part, i - self._starts[part]
+
+    def row(self, i: int) -> Row:
+        part, local = self._at(i)
+        row = self._rows[part][local]
+        return row._replace(shard=row.shard + self._first_tar[part]) if part else row
 
     def key(self, i: int) -> str:
-        return self.table["key"][i].as_py()
+        part, local = self._at(i)
+        return self._rows[part].key(local)
+
+    def keys(self, numbers: Iterable[int]) -> list[str]:
+        return [self.key(int(i)) for i in numbers]
+
+    def load(self, i: int) -> tuple[Sample, list[bytes]]:
+        """A sample and its encoded images, in the order of the conversation, with one read where they lie together.
+
+        Raises UserError naming tar, key and member: cut off, damaged, absent, or not of the schema.
+        """
+        row = self.row(i)
+        wanted = [n for n, name in enumerate(row.members) if name == "json" or name.rpartition(".")[2] in PIXELS]
+        data = dict(zip([row.members[n] for n in reversed(wanted)], self._read(row, wanted[::-1]), strict=True))
+        where = f"{self.tars[row.shard]}:{row.key}"
+        if "json" not in data:
+            raise UserError(f"{where}.json: no such member")
+        sample = parse_sample(data["json"], f"{where}.json")
+        absent = [image.file for image in sample.images if image.file not in data]
+        if absent:
+            raise UserError(f"{where}.{absent[0]}: no such member")
+        return sample, [data[image.file] for image in sample.images]
+
+    def members(self, i: int) -> dict[str, bytes]:
+        """All members of sample i by extension, whatever they are. Raises UserError as `load` does."""
+        row = self.row(i)
+        return dict(zip(row.members, self._read(row, list(range(len(row.members)))), strict=True))
 
     def member(self, i: int, extension: str) -> bytes:
         """The bytes of one member of sample i. Raises UserError if it is absent, short or fails its checksum."""
-        row = {name: self.table[name][i].as_py() for name in ("key", "shard", "members", "offsets", "sizes", "crc32")}
-        where = f"{self.tars[row['shard']]}:{row['key']}.{extension}"
-        if extension not in row["members"]:
-            raise UserError(f"{where}: no such member")
-        n = row["members"].index(extension)
-        data = os.pread(self._file(row["shard"]), row["sizes"][n], row["offsets"][n])
-        if zlib.crc32(data) != row["crc32"][n]:
-            raise UserError(f"{where}: checksum differs from the index; the shard is damaged or the index is stale")
-        return data
+        row = self.row(i)
+        if extension not in row.members:
+            raise UserError(f"{self.tars[row.shard]}:{row.key}.{extension}: no such member")
+        return self._read(row, [row.members.index(extension)])[0]
 
     def sample(self, i: int) -> Sample:
-        return parse_sample(self.member(i, "json"), f"{self.tars[self.table['shard'][i].as_py()]}:{self.key(i)}.json")
+        """The sample without its images' bytes."""
+        row = self.row(i)
+        return parse_sample(self.member(i, "json"), f"{self.tars[row.shard]}:{row.key}.json")
 
     def images(self, i: int) -> list[bytes]:
         """The encoded images of sample i, in the order of the conversation."""
-        return [self.member(i, image.file) for image in self.sample(i).images]
+        return self.load(i)[1]
+
+    def _read(self, row: Row, numbers: list[int]) -> list[bytes]:
+        """The bytes of members of a row, checked."""
+        if not numbers:
+            return []
+        first = min(row.offsets[n] for n in numbers)
+        span = max(row.offsets[n] + row.sizes[n] for n in numbers) - first
+        if len(numbers) > 1 and span > sum(row.sizes[n] for n in numbers) + GAP:  # a foreign tar, members far apart
+            return [self._read(row, [n])[0] for n in numbers]
+        data = self._bytes(row.shard, first, span)
+        found = []
+        for n in numbers:
+            low, size = row.offsets[n] - first, row.sizes[n]
+            piece = data if size == len(data) else data[low : low + size]
+            if zlib.crc32(piece) != row.crc32[n] and self._forget(row.shard, first, span):
+                piece = self._bytes(row.shard, row.offsets[n], size)  # damaged on the way or in the cache
+            where = f"{self.tars[row.shard]}:{row.key}.{row.members[n]}"
+            if len(piece) < size:
+                raise UserError(f"{where}: cut off after {len(piece)} of {size} bytes; the shard is truncated")
+            if zlib.crc32(piece) != row.crc32[n]:
+                raise UserError(f"{where}: checksum differs from the index; the shard is damaged or the index is stale")
+            found.append(piece)
+        return found
+
+    def _bytes(self, shard: int, start: int, size: int) -> bytes:
+        tar, described = self.tars[shard], self._described[shard]
+        if isinstance(tar, Path):
+            try:
+                return os.pread(self._file(shard), size, start)
+            except OSError as error:
+                raise UserError(f"{tar}: cannot be read at byte {start} ({error})") from None
+        if self.cache is not None:
+            return self.cache.read(tar, start, size, described.size, described.digest)
+        data, total = read_range(tar, start, size)
+        if total is not None:
+            check_size(tar, total, described.size)
+        return data
+
+    def _forget(self, shard: int, start: int, size: int) -> bool:
+        """Whether another read may give other bytes."""
+        tar = self.tars[shard]
+        if isinstance(tar, Path):
+            return False
+        if self.cache is not None:
+            self.cache.forget(tar, start, size, self._described[shard].digest)
+        return True
 
     def _file(self, shard: int) -> int:
-        if self._pid != os.getpid():  # descriptors are reopened in each loader worker
-            self._files, self._pid = {}, os.getpid()
-        if shard not in self._files:
+        # pread has no position, so that forked workers share descriptors safely.
+        if shard in self._files:
+            self._files.move_to_end(shard)
+            return self._files[shard]
+        try:
             self._files[shard] = os.open(self.tars[shard], os.O_RDONLY)
+        except OSError as error:
+            raise StorageError(f"{self.tars[shard]}: cannot be opened ({error})") from None
+        if len(self._files) > self.open_files:
+            os.close(self._files.popitem(last=False)[1])
         return self._files[shard]

@@ -10,7 +10,7 @@ from rich.table import Table
 from medvlm.config.schema import Data, RunConfig
 from medvlm.data.augment import Augment
 from medvlm.data.cache import Cache
-from medvlm.data.conversation import ConversationEncoder
+from medvlm.data.conversation import IGNORE, ConversationEncoder
 from medvlm.data.images import ImageTransform
 from medvlm.data.lengths import cache_folder, measure_lengths
 from medvlm.data.loader import MicroBatches, SampleEncoder
@@ -132,3 +132,30 @@ def show_plan(config: RunConfig, world: int, start: int, steps: int, as_json: bo
     console.print(table)
     if plan.packing:
         console.print(plan.advice())
+
+
+def draw_packs(config: RunConfig, step: int, out: Path) -> str:
+    """Draw the packs of one step (.html or .png); returns a line about them."""
+    from medvlm.data.pack_layout import PackedSample
+    from medvlm.data.pack_layout import draw_packs as draw
+    from medvlm.data.page import write_figure
+
+    if config.data.packing is None:
+        raise UserError("data.packing: the recipe packs nothing; add for example data.packing.tokens=4096")
+    dataset = training_data(config, build_components(config.model))
+    lengths = count_lengths(config, dataset, progress=True)
+    plan = make_plan(config, dataset, lengths)
+    packs = []
+    for pack in plan.global_batch_at(step):
+        samples = []
+        for number, repeat in pack:
+            sample, data = dataset.reader.load(number)
+            try:
+                supervised = sum(label != IGNORE for label in dataset.encoder(sample, data, repeat).labels)
+            except UserError:
+                supervised = 0  # training quarantines it
+            text, images = int(lengths.text[number]), int(lengths.images[number])
+            samples.append(PackedSample(sample.key, text, images * lengths.image_tokens, supervised))
+        packs.append(samples)
+    write_figure(draw(packs, config.data.packing.tokens), out, f"plan {plan.hash}, step {step}")
+    return f"{out}: {len(packs)} packs of step {step}; {plan.advice()}"
