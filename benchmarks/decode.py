@@ -25,6 +25,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -149,7 +150,7 @@ def measure(batches: Iterator[torch.Tensor], images: int) -> tuple[float, float]
 
 def pipelines(side: int, tokenizer) -> dict[str, Callable[[Path], Iterator[torch.Tensor]]]:
     square = {"height": side, "width": side}
-    padding = {"size": square, "do_center_crop": False, "do_pad": True}
+    padding: Any = {"size": square, "do_center_crop": False, "do_pad": True}
     pillow = LlavaImageProcessorPil(**padding)
     crop = CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size=square)
     table: dict[str, Callable[[Path], Iterator[torch.Tensor]]] = {

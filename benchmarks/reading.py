@@ -1,6 +1,6 @@
-"""Reading shards: the index of ten million samples, samples per second beside other readers, and resuming.
+"""Reading shards: samples per second beside other readers, resuming beside skipping, and ranges over HTTP.
 
-    python benchmarks/reading.py [index] [rates] [resume] [http]      all by default; about ten minutes
+    python benchmarks/reading.py [rates] [resume] [http]      all by default; about ten minutes
 
 Readers that do not import are named and left out. mosaicml-streaming pins transformers<5, so all readers together need
 an environment of their own:
@@ -25,15 +25,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
-import pyarrow as pa
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from medvlm.data.index import Tar, read_index, write_merged
 from medvlm.data.schema import Sample
-from medvlm.data.shards import ShardReader, index_path, merge_index, write_shards
+from medvlm.data.shards import ShardReader, merge_index, write_shards
 
 BATCH = 32
 
@@ -43,14 +40,6 @@ def table(*rows: tuple) -> None:
     for row in rows[1:]:
         print("| " + " | ".join(map(str, row)) + " |", flush=True)
     print()
-
-
-def drop_from_memory(*paths: Path) -> None:
-    for path in paths:
-        descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-        os.close(descriptor)
 
 
 def in_a_fresh_process(work: Callable, *arguments: Any) -> Any:
@@ -72,90 +61,19 @@ def samples(count: int, size: int) -> Iterator[tuple[Sample, dict[str, bytes]]]:
         )
 
 
-# The index of ten million samples
-
-
-def make_large_index(folder: Path, rows: int) -> Path:
-    """One real tar of 1000 samples under many names, with an index in which every sample has a key of its own."""
-    tar = write_shards(samples(1000, 0), folder / "one", "x")[0]
-    part, (described,) = read_index(index_path(tar), "")
-    shards = rows // described.samples
-    (folder / "many").mkdir()
-    for n in range(shards):
-        os.link(tar, folder / "many" / f"x-{n:06d}.tar")
-    numbers = np.repeat(np.arange(shards, dtype=np.int32), described.samples)
-    keys = pa.chunked_array([[f"study{n * 1000 + i:08d}-train" for i in range(1000)] for n in range(shards)])
-    table = pa.concat_tables([part.replace_schema_metadata(None)] * shards)
-    for name in ("key", "group"):
-        table = table.set_column(table.schema.get_field_index(name), name, keys.cast(pa.large_string()))
-    tars = [Tar(f"x-{n:06d}.tar", described.size, described.samples, described.digest) for n in range(shards)]
-    write_merged(table.append_column("shard", pa.array(numbers)), tars, folder / "many")
-    return folder / "many"
-
-
-def uss(process: psutil.Process | None = None) -> float:
-    """Memory that a process has for itself, in MiB: not what it shares, such as a mapped index."""
-    return (process or psutil.Process()).memory_full_info().uss / 2**20
-
-
-def open_large_index(folder: Path) -> list[tuple]:
-    before, start = uss(), time.perf_counter()
-    reader = ShardReader(folder)
-    opened = time.perf_counter() - start
-    resident = psutil.Process().memory_info().rss / 2**20
-    rows: list[tuple] = [("open", f"{opened:.2f} s"), ("memory of the process", f"+{uss() - before:.0f} MiB")]
-    rows.append(("resident, mapped pages and libraries included", f"{resident:.0f} MiB"))
-
-    def timed(what: str, work: Callable[[], Any], per: int = 0) -> None:
-        clock = time.process_time if per else time.perf_counter
-        start = clock()
-        work()
-        spent = clock() - start
-        rows.append((what, f"{per / spent / 1e3:.0f} k per CPU-second" if per else f"{spent * 1e3:.1f} ms"))
-
-    picks = np.random.default_rng(0).integers(0, len(reader), 100_000).tolist()
-    timed("index_hash", lambda: reader.index_hash)
-    timed("column('turns')", lambda: reader.column("turns"))
-    timed("lists('widths')", lambda: reader.lists("widths"))
-    timed("rows at random, cold pages", lambda: [reader.row(i) for i in picks], len(picks))
-    timed("rows at random, again", lambda: [reader.row(i) for i in picks], len(picks))
-    timed("keys at random", lambda: reader.keys(picks), len(picks))
-    timed("samples at random (read, crc32, validated)", lambda: [reader.load(i) for i in picks[:20_000]], 20_000)
-    dataset = Loaded(reader)
-    order = np.random.default_rng(1).integers(0, len(reader), (3000, BATCH)).tolist()
-    loader = iter(loader_of(dataset, order, 2))
-    sizes = {}
-    for n in range(len(order)):
-        next(loader)
-        if n in (20, 2900):
-            sizes[n] = [uss(child) for child in psutil.Process().children() if "resource" not in child.name()]
-    rows += [
-        (f"own memory of each of 2 workers, batch {n}", ", ".join(f"{s:.0f} MiB" for s in sizes[n])) for n in sizes
-    ]
-    return rows
-
-
-def bench_index(folder: Path, rows: int) -> None:
-    large = make_large_index(folder, rows)
-    size = (large / "index.arrow").stat().st_size / 2**20
-    drop_from_memory(large / "index.arrow")
-    cold = in_a_fresh_process(open_large_index, large)
-    warm = in_a_fresh_process(open_large_index, large)
-    print(f"### An index of {rows / 1e6:g} M samples in {rows // 1000} tars, {size:.0f} MiB\n")
-    table(("", "first", "again"), *((what, a, b) for (what, a), (_, b) in zip(cold, warm, strict=True)))
-
-
 # Samples per second
 
 
 class Loaded(Dataset):
-    """Lists of sample numbers in, samples out: validated ones, or the bytes of their members."""
+    """Lists of sample numbers in, samples out: their images after validation, or the bytes of all members."""
 
     def __init__(self, reader: ShardReader, validate: bool = True):
-        self.read = reader.load if validate else reader.members
+        self.reader, self.validate = reader, validate
 
     def __getitem__(self, numbers: list[int]) -> list[Any]:
-        return [self.read(i) for i in numbers]
+        if self.validate:
+            return [(sample.key, images) for sample, images in map(self.reader.load, numbers)]
+        return [self.reader.members(i) for i in numbers]
 
 
 def loader_of(dataset: Dataset, order: Any, workers: int) -> DataLoader:
@@ -281,8 +199,8 @@ class LitData:
         stream = iter(loader)
         next(stream)
         state = loader.state_dict()
-        state["num_samples_yielded"][0] = at
-        state["dataset"]["num_samples_yielded"] = at
+        state["num_samples_yielded"] = at
+        state["dataset"] |= {"num_samples_yielded": at, "sample_in_epoch": at}
         again = StreamingDataLoader(self._dataset(folder), batch_size=BATCH, num_workers=0, collate_fn=list)
         again.load_state_dict(state)
         return next(iter(again))
@@ -406,8 +324,7 @@ def bench_http(folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", default=["index", "rates", "resume", "http"])
-    parser.add_argument("--rows", type=int, default=10_000_000)
+    parser.add_argument("parts", nargs="*", default=["rates", "resume", "http"])
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
     names = ("torch", "pyarrow", "webdataset", "mosaicml-streaming", "litdata")
@@ -420,8 +337,6 @@ def main() -> None:
     print(f"{os.cpu_count()} cores, Python {sys.version.split()[0]}, {json.dumps(versions)}\n")
     with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR")) as name:
         folder = Path(name)
-        if "index" in options.parts:
-            bench_index(folder, options.rows)
         if "rates" in options.parts:
             bench_rates(folder, options.repeats)
         if "resume" in options.parts:

@@ -41,7 +41,7 @@ def _pipeline_options(
     quality: Annotated[int, _option("JPEG quality, 1 to 95.")] = 95,
     keep_16_bit: Annotated[bool, _option("Keep more than 8 bits of grey, as PNG.", "--keep-16-bit")] = False,
     window: Annotated[list[str] | None, _option("CENTRE,WIDTH in HU; several give several channels.")] = None,
-    workers: Annotated[int | None, _option("Processes; by default one per core.")] = None,
+    workers: Annotated[int | None, _option("Processes; by default one per core; 0: none besides this one.")] = None,
     part: Annotated[str | None, _option("i/n from 0/n: make the shards i, i + n, ... only.")] = None,
     executor: Annotated[Literal["local", "submitit"], _option("Here, or as a Slurm job array.")] = "local",
     parts: Annotated[int, _option("Tasks of the job array.")] = 1,
@@ -136,13 +136,13 @@ def print_report(report: dict[str, Any], out: str) -> None:
     console = Console()
     table = Table(title=f"{report['name']} ({report['license']})")
     numbers = ("patients", "studies", "samples", "images", "texts", "shards")
-    for column in ("split", *numbers, "dropped and why"):
-        table.add_column(column, justify="right" if column in numbers else "left")
-    for split, row in report["splits"].items():
-        why = "\n".join(f"{n} {reason}" for reason, n in row["dropped"].items())
-        table.add_row(split, *(str(row[name]) for name in numbers), why or "-")
-    console.print(table)
+    for column in ("split", *numbers, "dropped"):
+        table.add_column(column, justify="left" if column == "split" else "right", no_wrap=column == "split")
     lines = []
+    for split, row in report["splits"].items():
+        table.add_row(split, *(str(row[name]) for name in numbers), str(sum(row["dropped"].values())))
+        lines += [f"{split}: {n} dropped, {reason}" for reason, n in row["dropped"].items()]
+    console.print(table)
     if report["groups_in_two_splits"]:
         lines.append(
             f"{report['groups_in_two_splits']} patients (or studies, or images) are in two splits, as allowed."

@@ -1,21 +1,22 @@
 """Where shard tasks run: in this process, in a pool of processes, or as a Slurm array of parts."""
 
 import os
+import signal
 import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import replace
 from itertools import islice
-from multiprocessing import get_context, parent_process
+from multiprocessing import get_all_start_methods, get_context, parent_process
+from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any, TypeVar
 
-from data_prep.shard_task import ShardTask, crashed_at, make_shard
 from medvlm.errors import UserError
 
+POLL_SECONDS = 2.0
 T = TypeVar("T")
 R = TypeVar("R")
 # One thread in each worker: there is a process per core.
@@ -37,8 +38,12 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _start_worker() -> None:
+def _start_worker(environment: dict[str, str]) -> None:
     """Die with the parent: after kill -9 of a parent, its workers would wait for work forever."""
+    os.environ.update(environment)  # the server that forked this may be older than a change of the parent's
+    for name in ("SIGUSR1", "SIGUSR2"):  # Slurm sends them to every process of a job; the parent decides
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
     parent = parent_process()
 
     def watch() -> None:
@@ -49,14 +54,24 @@ def _start_worker() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
+def _context(module: str) -> BaseContext:
+    """Clean processes; where the system can, forked from a server that has imported ``module`` once for all of them."""
+    if "forkserver" not in get_all_start_methods():
+        return get_context("spawn")
+    context = get_context("forkserver")
+    context.set_forkserver_preload([module])
+    return context
+
+
 def run_pool(function: Callable[[T], R], tasks: Iterable[T], workers: int) -> Iterator[tuple[T, R]]:
     """Each task with its result, as they finish; at most two tasks per worker are in flight.
 
     Raises WorkerDied where a process is killed from outside or by a crash.
     """
     added = {name: value for name, value in ONE_THREAD.items() if name not in os.environ}
-    os.environ.update(added)  # spawned processes read it before they import anything
-    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_start_worker)
+    os.environ.update(added)  # new processes read it before they import anything
+    context, environment = _context(function.__module__), dict(os.environ)
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(environment,))
     remaining = iter(tasks)
     pending: dict[Future[R], T] = {}
     try:
@@ -74,56 +89,6 @@ def run_pool(function: Callable[[T], R], tasks: Iterable[T], workers: int) -> It
         pool.shutdown(wait=True, cancel_futures=True)
         for name in added:
             os.environ.pop(name, None)
-
-
-def make_shards(tasks: list[ShardTask], workers: int | None) -> Iterator[tuple[ShardTask, dict[str, Any]]]:
-    """Each task with its marker, as they finish; ``workers`` 1 is this process, None a process per core.
-
-    After the death of a worker, the shards that were in work are made one at a time: an item that kills its process
-    alone is quarantined and the run goes on. If none does, memory was short: raises UserError.
-    """
-    count = min(workers or available_cores(), max(1, len(tasks)))
-    if workers == 1:
-        yield from ((task, make_shard(task)) for task in tasks)
-        return
-    while tasks:
-        finished: set[str] = set()
-        try:
-            for task, marker in run_pool(make_shard, tasks, count):
-                finished.add(task.shard.name)
-                yield task, marker
-            return
-        except WorkerDied as death:
-            in_work = [task for task in death.tasks if crashed_at(task) is not None]
-            culprits = 0
-            for task in in_work:
-                tried, marker = _alone(task)
-                finished.add(task.shard.name)
-                culprits += len(tried.skip)
-                yield tried, marker
-            if not culprits:
-                raise UserError(
-                    f"{death.tasks[0].out}: a worker process was killed while {count} made shards "
-                    f"({', '.join(task.shard.name for task in in_work)}), most likely because the machine ran out of "
-                    "memory; start again with fewer --workers (finished shards are kept)"
-                ) from None
-        tasks = [task for task in tasks if task.shard.name not in finished]
-
-
-def _alone(task: ShardTask) -> tuple[ShardTask, dict[str, Any]]:
-    for _ in range(4):
-        try:
-            [result] = run_pool(make_shard, [task], 1)
-            return result
-        except WorkerDied:
-            if (number := crashed_at(task)) is None:
-                break
-            reason = "reading it killed the process (its decoder crashed, or memory ran out)"
-            task = replace(task, skip=(*task.skip, (number, reason)))
-    raise UserError(
-        f"{task.out}: processes that make {task.shard.name} are killed again and again, most likely because "
-        "the machine has too little memory; start again with more memory (finished shards are kept)"
-    )
 
 
 def slurm_parameters(text: str | None) -> dict[str, Any]:
@@ -144,7 +109,6 @@ def run_array(
     parameters: dict[str, Any],
     logs: Path,
     tick: Callable[[int], None],
-    poll_s: float = 2.0,
 ) -> None:
     """Run ``function(i)`` for each part as one array job and wait; ``tick(n)`` is told the number of finished parts.
 
@@ -161,7 +125,7 @@ def run_array(
     try:
         executor: Any
         if cluster == "slurm":
-            executor = submitit.SlurmExecutor(folder=logs, max_num_timeout=0)
+            executor = submitit.SlurmExecutor(folder=logs)
             executor.update_parameters(**{"job_name": "medvlm-prepare", "time": 24 * 60, **parameters})
         else:
             executor = submitit.AutoExecutor(folder=logs, cluster=cluster)
@@ -169,29 +133,8 @@ def run_array(
         jobs = executor.map_array(function, range(parts))
     except (RuntimeError, submitit.core.utils.FailedJobError, subprocess.CalledProcessError, TypeError) as error:
         raise UserError(f"--executor submitit: the array could not be submitted ({error})") from None
-    missing: dict[int, int] = {}  # part -> times that it was neither in the queue nor finished
-    failed: dict[int, str] = {}
-    done: set[int] = set()
     try:
-        while len(done) < parts:
-            queued = _queued(jobs) if cluster == "slurm" else None
-            for n in set(range(parts)) - done:
-                if jobs[n].paths.result_pickle.exists():
-                    failure = _outcome(jobs[n])
-                elif (str(jobs[n].job_id) not in queued) if queued is not None else jobs[n].done():
-                    missing[n] = missing.get(n, 0) + 1
-                    if missing[n] < 3:  # the result may become visible late on a shared file system
-                        continue
-                    failure = "it ended without a result (killed, out of memory or time, or its node was lost)"
-                else:
-                    missing.pop(n, None)
-                    continue
-                done.add(n)
-                if failure:
-                    failed[n] = failure
-            tick(len(done))
-            if len(done) < parts:
-                time.sleep(poll_s)
+        failed = _wait(jobs, cluster, tick)
     except KeyboardInterrupt:
         ids = sorted({str(job.job_id).partition("_")[0] for job in jobs})
         raise UserError(f"interrupted; job {', '.join(ids)} goes on (stop it with scancel)") from None
@@ -199,6 +142,29 @@ def run_array(
         told = [f"part {n}/{parts} (log {jobs[n].paths.stderr}): {why}" for n, why in sorted(failed.items())]
         kept = "finished shards are kept: the same command goes on from there"
         raise UserError(f"{len(failed)} of {parts} parts failed; {kept}\n" + "\n".join(told))
+
+
+def _wait(jobs: list[Any], cluster: str, tick: Callable[[int], None]) -> dict[int, str]:
+    """Part -> why it failed, when all parts have ended."""
+    missing = dict.fromkeys(range(len(jobs)), 0)  # times that a part was neither in the queue nor finished
+    failed: dict[int, str] = {}
+    while missing:
+        queued = _queued(jobs) if cluster == "slurm" else {str(job.job_id) for job in jobs if not job.done()}
+        for n in list(missing):
+            failure: str | None = "it ended without a result (killed, out of memory or time, or its node was lost)"
+            if jobs[n].paths.result_pickle.exists():
+                failure = _outcome(jobs[n])
+            else:
+                missing[n] = 0 if str(jobs[n].job_id) in queued else missing[n] + 1
+                if missing[n] < 3:  # a result may become visible late on a shared file system
+                    continue
+            del missing[n]
+            if failure:
+                failed[n] = failure
+        tick(len(jobs) - len(missing))
+        if missing:
+            time.sleep(POLL_SECONDS)
+    return failed
 
 
 def _queued(jobs: list[Any]) -> set[str]:

@@ -4,8 +4,8 @@ import json
 import os
 import shutil
 import socket
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from medvlm.errors import UserError
 
-
+PROBE = ".probe"
 TEMPORARY = ".work/tmp"  # of a local output: on the same file system, so that a rename suffices
 
 
@@ -48,6 +48,20 @@ class Output:
         except (ImportError, ValueError) as error:
             raise UserError(f"{url}: cannot be opened ({error}); `pip install medvlm[remote]` brings S3") from None
         self.local = isinstance(self.fs, LocalFileSystem)
+
+    @contextmanager
+    def _explained(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # each store has errors of its own
+            raise UserError(
+                f"{self.url}/{name}: cannot be written ({type(error).__name__}: {error}); finished shards are kept"
+            ) from error
+
+    def probe(self) -> None:
+        """Raise before hours of work where nothing can be written here."""
+        self.write(PROBE, b"")
+        self.remove(PROBE)
 
     def path(self, name: str) -> str:
         return f"{self.root}/{name}"
@@ -90,7 +104,8 @@ class Output:
     def write(self, name: str, data: bytes) -> None:
         """Write a small file."""
         if not self.local:
-            self.fs.pipe_file(self.path(name), data)
+            with self._explained(name):
+                self.fs.pipe_file(self.path(name), data)
             return
         target = Path(self.path(name))
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -104,7 +119,8 @@ class Output:
     def publish(self, file: Path, name: str) -> None:
         """Move a local file here: a rename on a local file system, an upload of the whole object elsewhere."""
         if not self.local:
-            self.fs.put_file(str(file), self.path(name))
+            with self._explained(name):
+                self.fs.put_file(str(file), self.path(name))
             file.unlink()
             return
         target = Path(self.path(name))

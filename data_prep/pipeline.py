@@ -7,7 +7,6 @@
 Every shard is a pure function of its items, so parts, workers and restarts do not change a byte.
 """
 
-import functools
 import hashlib
 import importlib.metadata
 import inspect
@@ -23,13 +22,13 @@ from typing import Any, Literal
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from data_prep.executors import make_shards, run_array, slurm_parameters
+from data_prep.executors import run_array, slurm_parameters
 from data_prep.items import Converter
 from data_prep.merging import quarantine_lines, short_reason, summary
 from data_prep.output import TEMPORARY, Output
 from data_prep.pixels import PixelOptions
 from data_prep.planning import SPLITS, Plan, Shard, check_fingerprint, make_plan, read_plan, tables_digest
-from data_prep.shard_task import ShardTask, marker_name, sha256
+from data_prep.shard_task import ShardTask, make_shards, marker_name, sha256
 from medvlm.data.shards import index_path
 from medvlm.errors import UserError
 
@@ -41,10 +40,11 @@ JUDGED_FROM = 100  # samples that must have been seen before their bad share may
 class PipelineOptions:
     """How a data set is made. Only ``samples_per_shard``, ``pixels`` and ``mask`` change what is in it.
 
-    ``part``: "i/n" with 0 <= i < n takes the shards i, i + n, ...; ``max_bad``: the share of quarantined samples that
-    stops the run; ``work``: folder for the plan (and, where ``out`` is remote, needed on a file system that all parts
-    see if they are to share it); ``check``: compare the checksums of finished shards, not only their sizes;
-    ``retry_quarantined``: make shards with quarantined samples again; ``cluster``: submitit's slurm, local or debug.
+    ``workers``: processes, None one per core, 0 none besides this one. ``part``: "i/n" with 0 <= i < n takes the shards
+    i, i + n, ... ``max_bad``: the share of quarantined samples that stops the run. ``work``: folder for the plan; where
+    ``out`` is remote, parts share it if all see it. ``check``: compare the checksums of finished shards, not only their
+    sizes. ``retry_quarantined``: make shards with quarantined samples again. ``cluster``: submitit's slurm, or local to
+    try the same without Slurm.
     """
 
     samples_per_shard: int = 1000
@@ -54,7 +54,7 @@ class PipelineOptions:
     executor: Literal["local", "submitit"] = "local"
     parts: int = 1
     slurm: str | None = None
-    cluster: Literal["slurm", "local", "debug"] = "slurm"
+    cluster: Literal["slurm", "local"] = "slurm"
     max_bad: float = 0.01
     mask: Literal["off", "report", "mask"] | None = None
     allow_leak: bool = False
@@ -68,8 +68,8 @@ class PipelineOptions:
         for name in ("samples_per_shard", "parts"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}: must be at least 1")
-        if self.workers is not None and self.workers < 1:
-            raise UserError("workers: must be at least 1")
+        if self.workers is not None and self.workers < 0:
+            raise UserError("workers: must be at least 0")
         if not 0 <= self.max_bad <= 1:
             raise UserError("max_bad: is a share, from 0 to 1")
         if self.executor == "submitit" and self.part is not None:
@@ -96,12 +96,10 @@ def run(
     job = _Job(converter, Path(source), str(out), options, converter_options)
     try:
         return job.run()
-    except FileNotFoundError:
-        # A part that was started twice: the other one finished the set and removed the plan in the meantime.
-        if report := job.finished():
-            return report
-        raise
     except OSError as error:
+        # A part that was started twice: the other one finished the set and removed the plan in the meantime.
+        if isinstance(error, FileNotFoundError) and (report := job.finished()):
+            return report
         raise UserError(f"{out}: {error}; finished shards are kept, start again when this is mended") from error
 
 
@@ -172,6 +170,7 @@ class _Job:
             check_fingerprint(self.out, begun["made_with"], self.fingerprint)
         elif foreign := [name for name in self.output.sizes(["", *SPLITS]) if name.endswith(".tar")]:
             raise UserError(f"{self.out}: already holds shards such as {foreign[0]}; give a new folder")
+        self.output.probe()
         folder = self.work / "plan"
         plan = read_plan(folder)
         if plan is not None and plan.fingerprint != self.fingerprint and begun is None and not self.output.local:
@@ -258,8 +257,7 @@ class _Job:
         """All parts as one job array."""
         parts = self.options.parts
         logs = Path(f"{self.work}.slurm") if not self.output.local else Path(self.out) / ".slurm"
-        function = functools.partial(_run_part, self.converter, self.source, self.out, self.options)
-        function = functools.partial(function, self.converter_options)
+        function = _Part(self.converter, self.source, self.out, self.options, self.converter_options)
         parameters = slurm_parameters(self.options.slurm)
         with self._progress(f"{self.converter.name}, parts", parts, 0) as bar:
 
@@ -323,16 +321,28 @@ class _Job:
         return bar
 
 
-def _run_part(
-    converter: Converter, source: Path, out: str, options: PipelineOptions, converter_options: dict[str, Any], part: int
-) -> str | None:
-    """One part of a job array; returns the sentence of a UserError, None when it went well."""
-    options = replace(options, executor="local", part=f"{part}/{options.parts}", parts=1, progress=False)
-    try:
-        run(converter, source, out, options, **converter_options)
-    except UserError as error:
-        return str(error)
-    return None
+class _Part:
+    """One part of a job array, called with its number; submitit submits it again after preemption or time-out."""
+
+    def __init__(self, *arguments: Any):
+        self.converter, self.source, self.out, self.options, self.converter_options = arguments
+
+    def __call__(self, part: int) -> str | None:
+        """The sentence of a UserError, None when it went well."""
+        # Never in this process: submitit's signal handler may raise at any moment, which is no fault of an image.
+        workers = self.options.workers or (None if self.options.workers is None else 1)
+        name = f"{part}/{self.options.parts}"
+        options = replace(self.options, executor="local", part=name, parts=1, workers=workers, progress=False)
+        try:
+            run(self.converter, self.source, self.out, options, **self.converter_options)
+        except UserError as error:
+            return str(error)
+        return None
+
+    def checkpoint(self, part: int) -> Any:
+        import submitit
+
+        return submitit.helpers.DelayedSubmission(self, part)
 
 
 def _samples(tasks: list[ShardTask]) -> int:

@@ -8,19 +8,20 @@ import socket
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
+from data_prep.executors import WorkerDied, available_cores, run_pool
 from data_prep.items import Source
+from data_prep.masking import apply_mask, drop_masked_turns
 from data_prep.output import Output, remove_dead
 from data_prep.pixels import PixelOptions, encode_source
 from data_prep.planning import Shard, read_items
-from medvlm.data.phi import drop_masked_sentences, mask, scan
-from medvlm.data.schema import DEIDENTIFICATION_MASK, IMAGE_MARK, Sample
+from medvlm.data.schema import Sample
 from medvlm.data.shards import index_path, write_shard
 from medvlm.errors import UserError
 
@@ -156,7 +157,10 @@ def build_sample(item: dict[str, Any], task: ShardTask) -> tuple[Sample, dict[st
     """The sample, its members, what was found in its text by kind, and the turns that were dropped. Raises BadItem."""
     fields = item["fields"]
     fields, found = apply_mask(fields, task.mask)
-    fields, dropped = drop_masked_turns(fields)
+    try:
+        fields, dropped = drop_masked_turns(fields)
+    except ValueError as error:
+        raise BadItem(fields["key"], str(error)) from None
     images, members = [], {}
     for number, source in enumerate(item["images"]):
         try:
@@ -179,79 +183,59 @@ def build_sample(item: dict[str, Any], task: ShardTask) -> tuple[Sample, dict[st
     return sample, members, found, dropped
 
 
-def apply_mask(fields: dict[str, Any], mode: str) -> tuple[dict[str, Any], Counter[str]]:
-    """Scan, and with ``mask`` replace, what looks like protected health information in messages and report."""
-    found: Counter[str] = Counter()
-    if mode == "off":
-        return fields, found
-
-    def one(text: str) -> str:
-        if mode == "mask":
-            text, findings = mask(text)
-        else:
-            findings = scan(text)
-        found.update(f.kind for f in findings)
-        return text
-
-    def content(value: Any) -> Any:
-        if isinstance(value, str):
-            return IMAGE_MARK.join(map(one, value.split(IMAGE_MARK)))
-        return [{**part, "text": one(part["text"])} if "text" in part else part for part in value]
-
-    changed = dict(fields)
-    if fields.get("messages"):
-        changed["messages"] = [{**m, "content": content(m["content"])} for m in fields["messages"]]
-    if fields.get("report"):
-        changed["report"] = {name: one(text) for name, text in fields["report"].items()}
-    return changed, found
-
-
-def drop_masked_turns(fields: dict[str, Any]) -> tuple[dict[str, Any], int]:
-    """Take sentences with ``___`` out of the answers; an answer of which nothing is left goes with its question.
-
-    The images of a question that goes move to the next one. Raises BadItem where no answer is left.
-    """
-    messages = fields.get("messages") or []
-    if not any(m["role"] == "assistant" and DEIDENTIFICATION_MASK in _text(m) for m in messages):
-        return fields, 0
-    kept: list[dict[str, Any]] = []
-    images = dropped = 0
-    for message in messages:
-        if message["role"] == "assistant" and DEIDENTIFICATION_MASK in _text(message):
-            message = {**message, "content": drop_masked_sentences(_text(message))}
-            if not message["content"].strip():
-                dropped += 1
-                while kept and kept[-1]["role"] == "user":
-                    images += _n_images(kept.pop())
-                continue
-        elif message["role"] == "user" and images:
-            message = {**message, "content": _with_images(message["content"], images)}
-            images = 0
-        kept.append(message)
-    if images or not any(m["role"] == "assistant" for m in kept):
-        raise BadItem(fields["key"], f"no usable answer is left without the masks {DEIDENTIFICATION_MASK}")
-    return {**fields, "messages": kept}, dropped
-
-
-def _text(message: dict[str, Any]) -> str:
-    content = message["content"]
-    return content if isinstance(content, str) else " ".join(part.get("text", "") for part in content)
-
-
-def _n_images(message: dict[str, Any]) -> int:
-    content = message["content"]
-    return content.count(IMAGE_MARK) if isinstance(content, str) else sum(p["type"] == "image" for p in content)
-
-
-def _with_images(content: Any, images: int) -> Any:
-    if isinstance(content, str):
-        return f"{IMAGE_MARK}\n" * images + content
-    return [{"type": "image"}] * images + content
-
-
 def crashed_at(task: ShardTask) -> int | None:
     """The number of the item in work when a process of this machine died over a shard, None where none did."""
     for folder in task.temporary.glob(f"{task.stem}.{socket.gethostname()}.*"):
         with suppress(FileNotFoundError):
             return int.from_bytes((folder / "at").read_bytes(), "little")
     return None
+
+
+def make_shards(tasks: list[ShardTask], workers: int | None) -> Iterator[tuple[ShardTask, dict[str, Any]]]:
+    """Each task with its marker, as they finish; ``workers`` 0 is this process, None a process per core.
+
+    After the death of a worker, the shards that were in work are made one at a time: an item that kills its process
+    alone is quarantined and the run goes on. If none does, memory was short: raises UserError.
+    """
+    count = min(workers or available_cores(), max(1, len(tasks)))
+    if workers == 0:
+        yield from ((task, make_shard(task)) for task in tasks)
+        return
+    while tasks:
+        finished: set[str] = set()
+        try:
+            for task, marker in run_pool(make_shard, tasks, count):
+                finished.add(task.shard.name)
+                yield task, marker
+            return
+        except WorkerDied as death:
+            in_work = [task for task in death.tasks if crashed_at(task) is not None]
+            culprits = 0
+            for task in in_work:
+                tried, marker = _alone(task)
+                finished.add(task.shard.name)
+                culprits += len(tried.skip)
+                yield tried, marker
+            if not culprits:
+                raise UserError(
+                    f"{death.tasks[0].out}: a worker process was killed while {count} made shards "
+                    f"({', '.join(task.shard.name for task in in_work)}), most likely because the machine ran out of "
+                    "memory; start again with fewer --workers (finished shards are kept)"
+                ) from None
+        tasks = [task for task in tasks if task.shard.name not in finished]
+
+
+def _alone(task: ShardTask) -> tuple[ShardTask, dict[str, Any]]:
+    for _ in range(4):
+        try:
+            [result] = run_pool(make_shard, [task], 1)
+            return result
+        except WorkerDied:
+            if (number := crashed_at(task)) is None:
+                break
+            reason = "reading it killed the process (its decoder crashed, or memory ran out)"
+            task = replace(task, skip=(*task.skip, (number, reason)))
+    raise UserError(
+        f"{task.out}: processes that make {task.shard.name} are killed again and again, most likely because "
+        "the machine has too little memory; start again with more memory (finished shards are kept)"
+    )

@@ -192,7 +192,11 @@ def _stop(cluster: Cluster) -> None:
         if ids:
             subprocess.run(["scancel", *ids], capture_output=True, timeout=10)
             time.sleep(1)  # the nodes tell their processes
-    files = [*cluster.folder.glob("slurmd.*.pid"), cluster.folder / "slurmctld.pid", cluster.folder / "munge/munged.pid"]
+    files = [
+        *cluster.folder.glob("slurmd.*.pid"),
+        cluster.folder / "slurmctld.pid",
+        cluster.folder / "munge/munged.pid",
+    ]
     pids = [int(f.read_text()) for f in files if f.exists() and f.read_text().strip()]
     for number in (signal.SIGTERM, signal.SIGKILL):
         for pid in pids:

@@ -52,7 +52,7 @@ def test_mimic_with_an_image_that_is_text_and_one_that_is_missing(tmp_path):
     }
     sample = samples["train"][0]
     assert [i.view for i in sample.images] == ["PA", "LATERAL"] and sample.images[0].width == 24
-    assert (sample.source, sample.license) == ("mimic-cxr", mimic_cxr.CONVERTER.license)
+    assert (sample.source, sample.license) == ("mimic_cxr", mimic_cxr.CONVERTER.license)
     told = repr(report)
     assert "neither findings nor impression" in told, told
 

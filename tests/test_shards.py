@@ -15,6 +15,7 @@ import webdataset
 from toy import make_shards, png, sample
 
 from medvlm.data.index import MERGED, tars_of
+from medvlm.data.loader import Encoded, MicroBatches
 from medvlm.data.schema import Sample
 from medvlm.data.shards import (
     INDEX_SCHEMA,
@@ -300,6 +301,17 @@ def test_a_flipped_bit_costs_its_sample_and_is_named(folder, tar, member):
     damage(tar, place(tar, member)[1] + 60)
     (reason,) = quarantined(ShardReader(folder))
     assert reason.startswith(f"{tar}:{member}: checksum differs from the index")
+
+
+def test_the_loader_quarantines_a_damaged_sample_with_its_reason(folder, tar):
+    damage(tar, place(tar, "s0003.0.png")[1] + 60)
+    damage(tar, place(tar, "s0004.json")[1] + 60)
+    whole = ShardReader(folder)
+    dataset = MicroBatches(whole, lambda sample, images, repeat: Encoded([1, 2], [-100, 2]), 0, 8)
+    batch = dataset[[(i, 0) for i in range(6)]]
+    assert [key for key, _ in batch.quarantined] == ["s0003", "s0004"] and len(batch.input_ids) == 4
+    for (key, reason), member in zip(batch.quarantined, ("0.png", "json"), strict=True):
+        assert reason.startswith(f"{tar}:{key}.{member}: checksum differs")
 
 
 @pytest.mark.parametrize("merged", [False, True])

@@ -165,6 +165,15 @@ def test_a_remote_file_that_is_shorter_than_needed_is_truncated(web, data):
         read_range(f"{web.url}/toy-000000.tar", len(data) - 5, 10)
 
 
+def test_the_proxy_of_the_environment_is_used_unless_the_host_is_excepted(web, data, monkeypatch):
+    monkeypatch.setenv("http_proxy", web.url)
+    assert read_range("http://shards.invalid/toy-000000.tar", 5, 9)[0] == data[5:14]
+    assert web.requests == [("http://shards.invalid/toy-000000.tar", "bytes=5-13")]
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    assert read_range(f"{web.url}/toy-000000.tar", 5, 9)[0] == data[5:14]
+    assert web.requests[-1] == ("/toy-000000.tar", "bytes=5-13")
+
+
 def test_an_address_that_pathlib_mangled_is_mended():
     assert storage.normalize(Path("https://host/folder/x.tar")) == "https://host/folder/x.tar"
     assert storage.normalize("s3://bucket/x") == "s3://bucket/x" and storage.normalize("/a//b") == "/a//b"

@@ -45,7 +45,7 @@ def make_archive(folder: Path, count: int = 60, rows: tuple[str, ...] = ()) -> P
 
 def prepare(source: Path, out: Path | str, answer: str = "yes", **options: Any) -> dict[str, Any]:
     """Run in this process, unless more workers are asked for."""
-    values: dict[str, Any] = {"samples_per_shard": 7, "workers": 1, "progress": False, **options}
+    values: dict[str, Any] = {"samples_per_shard": 7, "workers": 0, "progress": False, **options}
     return run(ARCHIVE, source, out, PipelineOptions(**values), answer=answer)
 
 

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import urlsplit
 
 
 class Web(ThreadingHTTPServer):
@@ -43,22 +44,24 @@ class Handler(BaseHTTPRequestHandler):
         wanted = self.headers.get("Range", "")
         self.server.requests.append((self.path, wanted))
         fault = self.server.faults.pop(0) if self.server.faults else ""
-        path = self.server.folder / self.path.lstrip("/")
+        path = self.server.folder / urlsplit(self.path).path.lstrip("/")  # a proxy is asked for the whole address
         if fault == "slow":
             time.sleep(0.4)
         if isinstance(fault, int) or not path.is_file():
             return self.answer(fault or 404, b"")
-        data = path.read_bytes()
+        size = path.stat().st_size
         found = re.fullmatch(r"bytes=(\d+)-(\d+)", wanted)
         if not found or not self.server.ranges:
-            return self.answer(200, data)
-        start, stop = int(found[1]), min(int(found[2]) + 1, len(data))
-        if start >= len(data):
-            return self.answer(416, b"", {"Content-Range": f"bytes */{len(data)}"})
-        body = data[start:stop]
+            return self.answer(200, path.read_bytes())
+        start, stop = int(found[1]), min(int(found[2]) + 1, size)
+        if start >= size:
+            return self.answer(416, b"", {"Content-Range": f"bytes */{size}"})
+        with path.open("rb") as file:
+            file.seek(start)
+            body = file.read(stop - start)
         if fault == "flip":
             body = body[:-1] + bytes([body[-1] ^ 1])
-        self.answer(206, body, {"Content-Range": f"bytes {start}-{stop - 1}/{len(data)}"}, short=fault == "short")
+        self.answer(206, body, {"Content-Range": f"bytes {start}-{stop - 1}/{size}"}, short=fault == "short")
 
     def answer(self, status: int, body: bytes, headers: dict[str, str] | None = None, short: bool = False) -> None:
         self.send_response(status)

@@ -151,12 +151,9 @@ class ImageTransform:
         if not tinted:
             return resized
         line = _pillow(share[None, :, None], (first, 0, end, 1), (size[0] if upright else size[1], 1), self.resample)
-        padded = line[0, 0].nonzero()[:, 0]
         tint = torch.tensor([value - fill[0] for value in fill])[:, None, None]
-        resized = resized.repeat(3, 1, 1)
-        view = resized if upright else resized.mT
-        view[..., padded] = (view[..., padded] + tint * line[0, 0, padded]).round().clamp(0, 255).byte()
-        return resized
+        added = (tint * (line if upright else line.mT)).round().short()
+        return (resized.short() + added).clamp_(0, 255).byte()
 
 
 def _pad(pixels: np.ndarray, image: Decoded, fill: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray, float]:

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 from medvlm.data.conversation import ConversationEncoder
 from medvlm.data.plan import Lengths
 from medvlm.data.shards import ShardReader
+from medvlm.data.storage import StorageError
 from medvlm.errors import UserError
 
 VERSION = 1
@@ -40,6 +41,8 @@ class _Chunks(Dataset):
         try:
             sample = self.reader.sample(number)
             return len(self.encoder(list(sample.messages))[0]), len(sample.images)
+        except StorageError:
+            raise
         except UserError:
             return 0, 0  # training quarantines it, with the reason; it takes no room
 

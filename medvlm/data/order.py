@@ -71,7 +71,7 @@ class Order:
     def draws(self, segment: Segment) -> tuple[np.ndarray, np.ndarray]:
         """The sample numbers of a segment in order, and how often each had been drawn before: both [samples]."""
         parts = [self._stream(s, b, c) for s, (b, c) in enumerate(zip(segment.before, segment.counts, strict=True))]
-        numbers, repeats = (np.concatenate([part[i] for part in parts]) for i in range(2))
+        numbers, repeats = (_joined([part[i] for part in parts]) for i in range(2))
         if len(parts) > 1:  # spread each source evenly: its j-th draw of c falls at random into the j-th of c strata
             rng = np.random.default_rng([self.seed, segment.number, len(parts)])
             place = np.concatenate([(np.arange(c) + rng.random(c)) / c for c in segment.counts if c])
@@ -82,25 +82,39 @@ class Order:
     def _stream(self, source: int, start: int, count: int) -> tuple[np.ndarray, np.ndarray]:
         """``count`` draws of a source from position ``start`` of its endless sequence of permutations."""
         size, first = self.sizes[source], sum(self.sizes[:source])
-        numbers, repeats = [np.empty(0, np.int64)], [np.empty(0, np.int32)]
+        numbers: list[np.ndarray] = []
+        repeats: list[np.ndarray] = []
         while count > 0:
             repeat, offset = divmod(start, size)
             taken = self._permutation(source, repeat)[offset : offset + count]
-            numbers.append(taken + first)
+            numbers.append(taken + taken.dtype.type(first) if first else taken)
             repeats.append(np.full(len(taken), repeat, np.int32))
             start, count = start + len(taken), count - len(taken)
-        return np.concatenate(numbers), np.concatenate(repeats)
+        return _joined(numbers), _joined(repeats)
 
     def _permutation(self, source: int, repeat: int) -> np.ndarray:
         shards = np.asarray(self.sources[source])
         rng = np.random.default_rng([self.seed, repeat, source])
+        kind = np.int32 if self.samples < 2**31 else np.int64  # half the memory, and quicker to shuffle
         if not self.window:
-            return rng.permutation(shards.sum())
+            numbers = np.arange(shards.sum(), dtype=kind)
+            rng.shuffle(numbers)
+            return numbers
         starts = np.cumsum(shards) - shards
         order = rng.permutation(len(shards))
         windows = [order[i : i + self.window] for i in range(0, len(order), self.window)]
-        numbers = [np.concatenate([np.arange(starts[s], starts[s] + shards[s]) for s in w]) for w in windows]
-        return np.concatenate([rng.permutation(n) for n in numbers])
+        parts = []
+        for window in windows:
+            part = np.concatenate([np.arange(starts[s], starts[s] + shards[s], dtype=kind) for s in window])
+            rng.shuffle(part)
+            parts.append(part)
+        return np.concatenate(parts)
+
+
+def _joined(arrays: list[np.ndarray]) -> np.ndarray:
+    if not arrays:
+        return np.empty(0, np.int32)
+    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
 
 def apportion(total: int, weights: Sequence[float]) -> list[int]:

@@ -126,6 +126,8 @@ def open_shards(path: str, cache: Cache | None = None) -> ShardSet:
 
     Raises UserError for a tar without index, or of another size than its index says.
     """
+    if not is_url(path) and not os.path.exists(path):
+        raise UserError(f"{path}: no such file or folder")
     if _is_tar(path):
         return _by_sidecars([path])
     merged = _remote_merged(path, cache) if is_url(path) else _local_merged(path)

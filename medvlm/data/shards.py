@@ -269,15 +269,21 @@ class ShardReader:
         for n in numbers:
             low, size = row.offsets[n] - first, row.sizes[n]
             piece = data if size == len(data) else data[low : low + size]
-            if zlib.crc32(piece) != row.crc32[n] and self._forget(row.shard, first, span):
-                piece = self._bytes(row.shard, row.offsets[n], size)  # damaged on the way or in the cache
-            where = f"{self.tars[row.shard]}:{row.key}.{row.members[n]}"
-            if len(piece) < size:
-                raise UserError(f"{where}: cut off after {len(piece)} of {size} bytes; the shard is truncated")
             if zlib.crc32(piece) != row.crc32[n]:
-                raise UserError(f"{where}: checksum differs from the index; the shard is damaged or the index is stale")
+                piece = self._again(row, n, len(piece), first, span)
             found.append(piece)
         return found
+
+    def _again(self, row: Row, n: int, got: int, first: int, span: int) -> bytes:
+        """A member that failed its checksum: from the storage once more where it is remote, else a UserError."""
+        size, where = row.sizes[n], f"{self.tars[row.shard]}:{row.key}.{row.members[n]}"
+        if self._forget(row.shard, first, span):  # damaged on the way or in the cache
+            piece = self._bytes(row.shard, row.offsets[n], size)
+            if zlib.crc32(piece) == row.crc32[n]:
+                return piece
+        if got < size:
+            raise UserError(f"{where}: cut off after {got} of {size} bytes; the shard is truncated")
+        raise UserError(f"{where}: checksum differs from the index; the shard is damaged or the index is stale")
 
     def _bytes(self, shard: int, start: int, size: int) -> bytes:
         tar, described = self.tars[shard], self._described[shard]

@@ -1,7 +1,8 @@
 """Ranged reads of remote files, with retries and time-outs.
 
-HTTP(S) goes through urllib3, one range request on a kept connection, which also tells the file's size and survives a
-fork; every other URL (``s3://``, ``gs://``, ...) goes through fsspec. Connections are made in the process that reads.
+HTTP(S) goes through urllib3: the answer to a range tells the whole file's size, a server that ignores ranges is found
+out before it sends everything, and no thread has to survive a fork. Every other URL (``s3://``, ``gs://``, ...) goes
+through fsspec. Connections are made in the process that reads.
 """
 
 import contextlib

@@ -125,7 +125,7 @@ def verify(model: VisionLanguageModel, parts: Components, folder: Path) -> dict[
     png = io.BytesIO()
     Image.fromarray(((ramp * 191 // ramp.max()) + noise).astype(np.uint8)).save(png, "png")
     encoder = ConversationEncoder(parts.tokenizer, parts.chat_template, parts.image_tokens)
-    transform = ImageTransform(parts.processor.image_processor)
+    transform = ImageTransform(parts.processor.image_processor, exact=True)
     with tempfile.TemporaryDirectory() as temporary:
         work = Path(temporary)
         (work / "image.png").write_bytes(png.getvalue())

@@ -45,7 +45,7 @@ class VisionLanguageModel(nn.Module):
         self.mean, self.std = mean, std
 
     def image_features(self, pixel_values: Tensor) -> Tensor:
-        """uint8 [I, 3, S, S], or [I, 1, S, S] where all are grey -> [I, N, D]; made three channels and normalised here."""
+        """uint8 [I, 3, S, S], or [I, 1, S, S] of grey images, which normalisation makes three channels -> [I, N, D]."""
         dtype = next(self.multi_modal_projector.parameters()).dtype
         options: dict[str, Any] = {"dtype": torch.float32, "device": pixel_values.device}
         mean, std = (torch.tensor(v, **options).view(1, 3, 1, 1) for v in (self.mean, self.std))
