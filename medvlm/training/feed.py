@@ -76,6 +76,9 @@ def make_plan(config: RunConfig, dataset: MicroBatches, lengths: Lengths | None)
     sources = [
         tuple(next(sizes) for _ in range(sum(next(tars) for _ in expand([source.path])))) for source in data.sources
     ]
+    empty = [listed.path for listed, shards in zip(data.sources, sources, strict=True) if not sum(shards)]
+    if empty:
+        raise UserError(f"data.train: {empty[0]} holds no samples")
     packing = Packing(data.packing.tokens, data.packing.images) if data.packing else None
     return Plan(
         Order(
