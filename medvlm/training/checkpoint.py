@@ -74,7 +74,8 @@ def resume(engine: Any, path: Path, manifest: dict[str, Any]) -> int:
     record = json.loads((path / MANIFEST).read_text())
     for key, hint in {
         "model": "it belongs to another model",
-        "order": "the training data or global batch differ, so its position means nothing here",
+        "order": "the training data, their mixture or packing, the seed or the global batch differ, so its position "
+        "means nothing here",
     }.items():
         if record[key] != manifest[key]:
             raise UserError(f"{path}: cannot resume, {hint}; start a new run.name")
