@@ -19,7 +19,9 @@ from medvlm.training import checkpoint
 
 def two_ranks(script: str, tmp_path) -> list[dict]:
     """Run a script on two ranks; each prints one JSON line."""
-    (tmp_path / "script.py").write_text(textwrap.dedent(script))
+    # a rank that ends while the other still talks to it may abort on its way out
+    leave = "\ndistributed.barrier()\ndistributed.stop()\n"
+    (tmp_path / "script.py").write_text(textwrap.dedent(script) + leave)
     done = subprocess.run(
         [
             sys.executable,
