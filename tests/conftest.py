@@ -1,13 +1,17 @@
+import json
 import os
-import subprocess
 import sys
+import textwrap
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+from zygote import zygote
+
 REPO = Path(__file__).parent.parent
 DATA = Path(os.environ.get("MEDVLM_TEST_DATA", REPO / ".." / "shared" / "data")).resolve()
 
@@ -29,18 +33,9 @@ def world(tmp_path_factory) -> Path:
     return folder
 
 
-def launch(recipe: Path, *arguments: str, ranks: int = 2, fails: bool = False, **environment: str) -> str:
-    """Run ``medvlm train`` under torchrun in a process of its own; returns what it printed."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--master-port", "0"]
-    command = [*command, "--standalone"] if ranks > 1 else [sys.executable]
-    done = subprocess.run(
-        [*command, "-m", "medvlm.cli", "train", str(recipe), *arguments],
-        capture_output=True,
-        text=True,
-        cwd=REPO,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-        timeout=300,
-    )
+def launch(recipe: Path | str, *arguments: str, ranks: int = 2, fails: bool = False, **options: Any) -> str:
+    """Run ``medvlm train`` on ranks in processes of their own; returns what they printed. Options as in `zygote`."""
+    done = zygote().run(["train", str(recipe), *arguments], ranks=ranks, **options)
     output = done.stdout + done.stderr
     assert bool(done.returncode) == fails, output[:6000]
     return output
@@ -48,12 +43,16 @@ def launch(recipe: Path, *arguments: str, ranks: int = 2, fails: bool = False, *
 
 def medvlm(*arguments: object, status: int = 0) -> str:
     """Run the command line in a process of its own; returns its output, and its messages where it must fail."""
-    done = subprocess.run(
-        [sys.executable, "-m", "medvlm.cli", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        cwd=REPO,
-        timeout=300,
-    )
+    done = zygote().run(list(map(str, arguments)))
     assert done.returncode == status, done.stdout + done.stderr
     return done.stdout if status == 0 else done.stdout + done.stderr
+
+
+def two_ranks(script: str, folder: Path, ranks: int = 2) -> list[dict]:
+    """Run a script on ranks; each prints one JSON line, in any order."""
+    # a rank that ends while the other still talks to it may abort on its way out
+    leave = "\nfrom medvlm.training import distributed\ndistributed.barrier()\ndistributed.stop()\n"
+    (folder / "script.py").write_text(textwrap.dedent(script) + leave)
+    done = zygote().run([], script=str(folder / "script.py"), ranks=ranks)
+    assert done.returncode == 0, done.stderr[:4000]
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]

@@ -1,44 +1,14 @@
 """DeepSpeed and transformers traps that bite silently and have no place in another test file."""
 
-import json
-import os
-import subprocess
-import sys
-import textwrap
-
 import pytest
 import torch
-from conftest import REPO, launch
+from conftest import launch, two_ranks
 from toy import LLAMA, SIGLIP, make_recipe, make_shards, make_tokenizer
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from medvlm.config.load import load_recipe
 from medvlm.models.build import build_components, build_model
 from medvlm.training import checkpoint
-
-
-def two_ranks(script: str, tmp_path) -> list[dict]:
-    """Run a script on two ranks; each prints one JSON line."""
-    # a rank that ends while the other still talks to it may abort on its way out
-    leave = "\ndistributed.barrier()\ndistributed.stop()\n"
-    (tmp_path / "script.py").write_text(textwrap.dedent(script) + leave)
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--nproc-per-node",
-            "2",
-            "--standalone",
-            tmp_path / "script.py",
-        ],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"},
-        timeout=200,
-    )
-    assert done.returncode == 0, done.stderr[:4000]
-    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
 
 
 def test_segments_of_a_padding_free_row_do_not_see_each_other(tmp_path):

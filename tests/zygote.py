@@ -1,0 +1,171 @@
+"""Starts ranks and commands of medvlm by forking a process that has imported everything once.
+
+Importing torch, transformers and DeepSpeed takes longer than most runs of the tests. Each request forks fresh processes
+from one that has only imported: nothing of one run (DeepSpeed patches torch) is seen by the next.
+
+    zygote().run(["train", recipe], ranks=2) -> Done(returncode, stdout, stderr)
+
+This file is also the program of that process: it reads a JSON line per request and answers with one.
+"""
+
+import contextlib
+import functools
+import json
+import os
+import resource
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+REPO = Path(__file__).parent.parent
+
+
+@dataclass
+class Done:
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+class Zygote:
+    def __init__(self) -> None:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO)}
+        self.process = subprocess.Popen(
+            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
+
+    def run(
+        self,
+        arguments: list[str],
+        *,
+        ranks: int | None = None,
+        timeout: float = 300,
+        script: str = "",
+        file_size: int | None = None,
+        **environment: str,
+    ) -> Done:
+        """Run ``medvlm ARGUMENTS``, or a Python ``script`` file, on ``ranks`` ranks (None: outside of any launcher).
+
+        ``file_size``: bytes at which every file is cut, as by a full disk.
+        As torchrun does, ends the others when one fails; the status is that of the first that failed.
+        """
+        assert self.process.stdin and self.process.stdout
+        with tempfile.TemporaryDirectory() as folder:
+            request = {
+                "arguments": list(map(str, arguments)),
+                "script": script,
+                "ranks": ranks,
+                "timeout": timeout,
+                "file_size": file_size,
+                "environment": environment,
+                "folder": folder,
+            }
+            self.process.stdin.write(json.dumps(request) + "\n")
+            self.process.stdin.flush()
+            status = json.loads(self.process.stdout.readline())
+            read = {
+                name: "".join(p.read_text(errors="replace") for p in sorted(Path(folder).glob(f"{name}-*")))
+                for name in ("stdout", "stderr")
+            }
+        return Done(status, read["stdout"], read["stderr"])
+
+
+@functools.cache
+def zygote() -> Zygote:
+    """One for the whole test session; it ends when its standard input closes."""
+    return Zygote()
+
+
+def _serve() -> None:
+    import deepspeed  # noqa: F401
+    import torch.utils.tensorboard  # noqa: F401
+    import transformers.models.llama.modeling_llama
+    import transformers.models.siglip.modeling_siglip  # noqa: F401
+
+    import medvlm.cli
+    import medvlm.export.llava
+    import medvlm.training.loop  # noqa: F401
+
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    for line in sys.stdin:
+        request = json.loads(line)
+        answers.write(json.dumps(_run(request)) + "\n")
+        answers.flush()
+
+
+def _run(request: dict) -> int:
+    ranks = request["ranks"]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    children: dict[int, int] = {}
+    for rank in range(ranks or 1):
+        places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
+        places |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        environment = {k: str(v) for k, v in places.items()} if ranks else {}
+        pid = os.fork()
+        if pid == 0:
+            _child(request, rank, environment | request["environment"])
+        children[pid] = rank
+    end, failed = time.monotonic() + request["timeout"], 0
+    grace = end
+    while children:
+        pid, status = os.waitpid(-1, os.WNOHANG)
+        if pid:
+            code = os.waitstatus_to_exitcode(status)
+            children.pop(pid, None)
+            if code and not failed:
+                failed, grace = code, time.monotonic() + 10
+        elif time.monotonic() > grace:
+            failed = failed or 124
+            for child in children:
+                os.kill(child, signal.SIGKILL)
+            grace = float("inf")
+        else:
+            time.sleep(0.005)
+    return failed
+
+
+def _child(request: dict, rank: int, environment: dict[str, str]) -> None:
+    """Never returns. Its exit is that of an interpreter: handlers run, streams are flushed."""
+    os.environ.update(environment)
+    os.chdir(REPO)
+    if request["file_size"]:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (request["file_size"], resource.RLIM_INFINITY))
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        file = os.open(Path(request["folder"]) / f"{name}-{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(file, number)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    sys.argv = [request["script"] or "medvlm", *request["arguments"]]
+    code = 1
+    try:
+        if request["script"]:
+            runpy.run_path(request["script"], run_name="__main__")
+        else:
+            from medvlm.cli import main
+
+            main()
+        code = 0
+    except SystemExit as leave:
+        code = leave.code if isinstance(leave.code, int) else int(leave.code is not None)
+        if isinstance(leave.code, str):
+            print(leave.code, file=sys.stderr)
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+    with contextlib.suppress(Exception):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    _serve()
