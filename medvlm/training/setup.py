@@ -1,0 +1,161 @@
+"""From a recipe to everything that a run needs, on every rank: data and their plan, the model, the engine, the step."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+
+from medvlm.config.load import deepspeed_config_path
+from medvlm.config.schema import RunConfig
+from medvlm.data.loader import MicroBatches
+from medvlm.data.plan import Lengths, Plan
+from medvlm.errors import UserError
+from medvlm.models.build import Components, build_components, build_model
+from medvlm.models.trainable import PartSummary, apply_trainable
+from medvlm.training import checkpoint, distributed
+from medvlm.training.engine import lift_scalars
+from medvlm.training.feed import accumulation_steps, count_lengths, make_plan, needs_lengths, training_data
+from medvlm.training.optimizer import make_optimizer, parameter_groups
+
+
+@dataclass
+class Session:
+    """What :func:`start` makes. ``step`` counts the updates already made, by the run that is continued."""
+
+    config: RunConfig
+    parts: Components
+    data: MicroBatches
+    plan: Plan
+    engine: Any
+    optimizer: Any
+    summaries: list[PartSummary]
+    group_names: list[str]
+    peaks: list[float]
+    manifest: dict[str, Any]
+    accumulation: int
+    total: int
+    step: int
+
+    @property
+    def run(self) -> Path:
+        return self.config.run.dir
+
+    @property
+    def stage(self) -> int:
+        return self.engine.zero_optimization_stage()
+
+    def describe(self) -> str:
+        training, world = self.config.training, distributed.world_size()
+        return (
+            f"{self.config.run.name}: steps {self.step} to {self.total}, {world} rank(s), ZeRO-{self.stage}, "
+            f"{str(precision(self.config)).removeprefix('torch.')}, global batch {training.global_batch_size} = "
+            f"{training.micro_batch_size} x {world} x {self.accumulation}{' packs' if self.plan.packing else ''}, "
+            f"{len(self.data.reader)} samples, plan {self.plan.hash}"
+        )
+
+
+def start(config: RunConfig) -> Session:
+    """Build a run, or continue it from its newest checkpoint. All ranks call this."""
+    rank, run = distributed.rank(), config.run.dir
+    ds_config = deepspeed_config(config, distributed.world_size())
+    found = checkpoint.checkpoints(run)
+    if config.run.resume == "never" and found:
+        raise UserError(f"{run}: holds checkpoints, and run.resume is never; choose another run.name")
+    if config.run.resume == "require" and not found:
+        checkpoint.newest(run)  # raises, with the reason
+    distributed.barrier()
+
+    parts = build_components(config.model)
+    data = training_data(config, parts)
+    plan = make_plan(config, data, lengths_for_all_ranks(config, data))
+    model = build_model(config.model, parts, precision(config), ds_config, config.run.seed)
+    if config.model.init_from and not found:
+        source = checkpoint.newest(Path(config.model.init_from))
+        state = checkpoint.consolidate(source) if rank == 0 or ds_config["zero_optimization"]["stage"] < 3 else None
+        checkpoint.load_weights(model, state, str(source))
+    lift_scalars(model)
+    summaries = apply_trainable(model, config.model, parts.unused_vision_parameters)
+    groups = parameter_groups(model, config)
+    peaks, names = [g["lr"] for g in groups], [g["name"] for g in groups]
+    offload = "offload_optimizer" in ds_config["zero_optimization"]
+    engine, optimizer, *_ = distributed.deepspeed.initialize(
+        model=model, optimizer=make_optimizer(groups, config, offload), config=ds_config
+    )
+    manifest = {
+        "model": checkpoint.fingerprint(engine.module),
+        "bf16": precision(config) == torch.bfloat16,
+        "order": plan.hash,
+    }
+    return Session(
+        config=config,
+        parts=parts,
+        data=data,
+        plan=plan,
+        engine=engine,
+        optimizer=optimizer,
+        summaries=summaries,
+        group_names=names,
+        peaks=peaks,
+        manifest=manifest,
+        accumulation=ds_config["gradient_accumulation_steps"],
+        total=total_steps(config, plan),
+        step=checkpoint.resume(engine, found[-1], manifest) if found else 0,
+    )
+
+
+def precision(config: RunConfig) -> torch.dtype:
+    chosen = config.training.precision
+    if chosen == "auto":
+        chosen = "bf16" if torch.cuda.is_available() else "fp32"
+    return torch.bfloat16 if chosen == "bf16" else torch.float32
+
+
+def deepspeed_config(config: RunConfig, world: int) -> dict[str, Any]:
+    """The chosen ``ds_configs`` file, completed with what the recipe decides. Only concrete numbers, no "auto"."""
+    training = config.training
+    path = deepspeed_config_path(training.zero)
+    try:
+        values = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(values.get("zero_optimization", {}).get("stage"), int):
+        raise UserError(f"{path}: has no zero_optimization.stage")
+    if values["zero_optimization"]["stage"] == 0 and precision(config) == torch.bfloat16:
+        raise UserError("training.zero: stage 0 in bf16 updates differently from stages 1 to 3; use zero1")
+    return {
+        **values,
+        "train_batch_size": training.global_batch_size,
+        "train_micro_batch_size_per_gpu": training.micro_batch_size,
+        "gradient_accumulation_steps": accumulation_steps(config, world),
+        "gradient_clipping": training.gradient_clipping,
+        "bf16": {"enabled": precision(config) == torch.bfloat16},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 10**9,
+    }
+
+
+def total_steps(config: RunConfig, plan: Plan) -> int:
+    if config.training.steps is not None:
+        return config.training.steps
+    return plan.total_steps(config.training.epochs)  # type: ignore[arg-type]  # validated: one is set
+
+
+def lengths_for_all_ranks(config: RunConfig, data: MicroBatches) -> Lengths | None:
+    """Rank 0 counts or finds them, and tells the others."""
+    if not needs_lengths(config.data):
+        return None
+    lengths = count_lengths(config, data, progress=True) if distributed.rank() == 0 else None
+    counts = np.stack([lengths.text, lengths.images], 1) if lengths else np.zeros((len(data.reader), 2), np.int32)
+    counts = distributed.broadcast(counts)
+    return Lengths(counts[:, 0], counts[:, 1], data.encoder.conversation.image_tokens)
+
+
+def write_run_files(session: Session) -> None:
+    session.run.mkdir(parents=True, exist_ok=True)
+    values = session.config.model_dump(mode="json")
+    (session.run / "config.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
+    session.parts.processor.save_pretrained(session.run / "processor")
