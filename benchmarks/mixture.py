@@ -52,9 +52,10 @@ def lengths(n: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def make_shards(folder: Path, count: int, side: int = 336) -> Path:
+    """``side`` 0: no images, and the lengths of the text alone."""
     rng = np.random.default_rng(0)
     pictures = []
-    for _ in range(8):
+    for _ in range(8 if side else 0):
         ramp = np.add.outer(np.arange(side), np.arange(side)) * (180 / (2 * side))
         buffer = io.BytesIO()
         Image.fromarray((ramp + rng.normal(20, 8, ramp.shape)).clip(0, 255).astype(np.uint8)).save(buffer, "jpeg")
@@ -62,6 +63,7 @@ def make_shards(folder: Path, count: int, side: int = 336) -> Path:
 
     def items() -> Iterator[tuple[Sample, dict[str, bytes]]]:
         for n, (asked, answer, image) in enumerate(zip(*lengths(count), strict=True)):
+            image = image and side > 0
             lead = "<image>\n" if image else ""
             fields = {
                 "key": f"s{n:06d}",
@@ -74,7 +76,7 @@ def make_shards(folder: Path, count: int, side: int = 336) -> Path:
                     {"role": "assistant", "content": "w" + " w" * int(answer)},
                 ],
             }
-            yield Sample.model_validate(fields), {"0.jpg": pictures[n % len(pictures)]} if image else {}
+            yield Sample.model_validate(fields), {"0.jpg": pictures[n % 8]} if image else {}
 
     write_shards(items(), folder, "train", 500)
     return folder
