@@ -27,12 +27,17 @@ def weights(folder: Path, name: str) -> dict[str, torch.Tensor]:
     return checkpoint.consolidate(checkpoint.newest(folder / "runs" / name))
 
 
-def plain_pytorch(recipe: Path, shards: str | None = None) -> list[dict]:
+def initialised(config, parts) -> torch.nn.Module:
+    model = build_model(config.model, parts, torch.float32)
+    checkpoint.load_weights(model, checkpoint.consolidate(checkpoint.newest(Path(config.model.init_from))), "init")
+    return model
+
+
+def plain_pytorch(recipe: Path, build=initialised) -> list[dict]:
     """The same run without DeepSpeed, ranks, micro-batches or the loop: one padded batch and one backward a step."""
     config = load_recipe(str(recipe))
     parts = build_components(config.model)
-    model = build_model(config.model, parts, torch.float32)
-    checkpoint.load_weights(model, checkpoint.consolidate(checkpoint.newest(Path(config.model.init_from))), "init")
+    model = build(config, parts)
     apply_trainable(model, config.model, parts.unused_vision_parameters)
     data = feed.training_data(config, parts)
     lengths = feed.count_lengths(config, data, progress=False) if feed.needs_lengths(config.data) else None

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-Trainable = Literal["frozen", "full", "norm_and_bias"]
+Trainable = Literal["frozen", "full", "norm_and_bias", "lora"]
 
 
 class Section(BaseModel):
@@ -20,12 +20,26 @@ class Part(Section):
     learning_rate: float = Field(default=1e-3, gt=0)
 
 
+class Lora(Section):
+    """Of a backbone with ``train: lora``, see `medvlm.models.lora`."""
+
+    rank: int = Field(default=16, gt=0)
+    alpha: int = Field(default=32, gt=0)
+    """Adapters are scaled by alpha / rank."""
+    dropout: float = Field(default=0.05, ge=0, lt=1)
+    targets: list[str] | None = None
+    """Linear layers by the end of their names, such as q_proj; all but the output layer by default."""
+    rslora: bool = False
+    """Scale by alpha / sqrt(rank) instead."""
+
+
 class Backbone(Part):
     """A Hugging Face model: a hub name or local folder (``path``), or a ``config`` with ``model_type`` from scratch."""
 
     path: str | None = None
     config: dict[str, Any] | None = None
     gradient_checkpointing: bool = False
+    lora: Lora = Lora()
 
     @field_validator("path")
     @classmethod
@@ -56,6 +70,13 @@ class VisionTower(Backbone):
 
 class Projector(Part):
     kind: Literal["linear", "mlp"] = "mlp"
+
+    @field_validator("train")
+    @classmethod
+    def _small(cls, train: Trainable) -> Trainable:
+        if train == "lora":
+            raise ValueError("the projector is small and new, it takes no adapters: give frozen or full")
+        return train
 
 
 class LanguageModel(Backbone):

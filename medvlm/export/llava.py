@@ -27,6 +27,7 @@ from medvlm.data.schema import make_message
 from medvlm.errors import UserError
 from medvlm.export.model_card import model_card
 from medvlm.models.build import Components, build_components, build_model
+from medvlm.models.lora import add_adapters, merged
 from medvlm.models.vision_language_model import VisionLanguageModel
 from medvlm.training import checkpoint
 
@@ -39,16 +40,10 @@ def export_run(run: Path, out: Path, tag: str | None = None) -> dict[str, Any]:
 
     Raises UserError if the fresh process's logits differ by more than 1e-5 in fp32; ``out`` is then not written.
     """
-    if not (run / "config.yaml").exists():
-        raise UserError(f"{run}: is not a run (it has no config.yaml)")
-    config = RunConfig.model_validate(yaml.safe_load((run / "config.yaml").read_text()))
-    source = run / "checkpoints" / tag if tag else checkpoint.newest(run)
-    if source not in checkpoint.checkpoints(run):
-        raise UserError(f"{source}: no such complete checkpoint")
-    if out.exists() and any(out.iterdir()):
-        raise UserError(f"{out}: exists and is not empty")
+    config, source = open_run(run, out, tag)
     parts = build_components(config.model)
     model = build_model(config.model, parts, torch.float32, seed=config.run.seed)
+    add_adapters(model, config.model, parts.unused_vision_parameters, config.run.seed)
     checkpoint.load_weights(model, checkpoint.consolidate(source), str(source))
     model.eval()
 
@@ -68,6 +63,19 @@ def export_run(run: Path, out: Path, tag: str | None = None) -> dict[str, Any]:
     return {"path": str(out), "checkpoint": str(source), **proof}
 
 
+def open_run(run: Path, out: Path, tag: str | None) -> tuple[RunConfig, Path]:
+    """Configuration and checkpoint folder of a run. Raises UserError where one is absent, or ``out`` is in use."""
+    if not (run / "config.yaml").exists():
+        raise UserError(f"{run}: is not a run (it has no config.yaml)")
+    config = RunConfig.model_validate(yaml.safe_load((run / "config.yaml").read_text()))
+    source = run / "checkpoints" / tag if tag else checkpoint.newest(run)
+    if source not in checkpoint.checkpoints(run):
+        raise UserError(f"{source}: no such complete checkpoint")
+    if out.exists() and any(out.iterdir()):
+        raise UserError(f"{out}: exists and is not empty")
+    return config, source
+
+
 def llava_config(parts: Components, config: RunConfig) -> LlavaConfig:
     tower = config.model.vision_tower
     linear = config.model.multi_modal_projector.kind == "linear"
@@ -85,15 +93,9 @@ def llava_config(parts: Components, config: RunConfig) -> LlavaConfig:
 
 
 def to_llava(model: VisionLanguageModel, parts: Components, config: RunConfig) -> LlavaForConditionalGeneration:
-    """The same weights in transformers' class, fp32."""
+    """The same weights in transformers' class, fp32, adapters merged."""
     target = LlavaForConditionalGeneration(llava_config(parts, config))
-    state = {}
-    for name, tensor in model.state_dict().items():
-        part, _, rest = name.partition(".")
-        if part == "language_model":
-            state[f"lm_head.{rest[8:]}" if rest.startswith("lm_head.") else f"model.{part}.{rest[6:]}"] = tensor
-        else:
-            state[f"model.{name}"] = tensor
+    state = {stock_name(name): tensor for name, tensor in merged(model.state_dict(), config.model)}
     if config.model.multi_modal_projector.kind == "linear":  # the stock projector has a second layer: the identity
         dim = parts.text_config.hidden_size
         state["model.multi_modal_projector.linear_2.weight"] = torch.eye(dim)
@@ -105,6 +107,14 @@ def to_llava(model: VisionLanguageModel, parts: Components, config: RunConfig) -
     return target.eval()
 
 
+def stock_name(name: str) -> str:
+    """Of a parameter or layer of ours in ``LlavaForConditionalGeneration``."""
+    part, _, rest = name.partition(".")
+    if part != "language_model":
+        return f"model.{name}"
+    return rest if rest.startswith("lm_head") else f"model.{part}.{rest.removeprefix('model.')}"
+
+
 def _stop_tokens(parts: Components) -> list[int]:
     """The token that the chat template ends an assistant turn with, and the tokenizer's end of text."""
     turns = [make_message("user", "a"), make_message("assistant", "b")]
@@ -114,8 +124,10 @@ def _stop_tokens(parts: Components) -> list[int]:
     return sorted(s for s in stops if s is not None)
 
 
-def verify(model: VisionLanguageModel, parts: Components, folder: Path) -> dict[str, Any]:
+def verify(model: VisionLanguageModel, parts: Components, folder: Path, adapter: Path | None = None) -> dict[str, Any]:
     """Compare the training model with the folder as unmodified transformers loads it in a fresh process.
+
+    ``adapter``: a PEFT folder that unmodified ``peft`` puts on it.
 
     Two samples (one image, no image) go from raw pixels and messages to logits on both sides, each by its own route.
     """
@@ -141,7 +153,10 @@ def verify(model: VisionLanguageModel, parts: Components, folder: Path) -> dict[
         torch.save(expected, work / "expected.pt")
         script = Path(__file__).with_name("verify.py")
         done = subprocess.run(
-            [sys.executable, str(script), str(folder), str(work), QUESTION], capture_output=True, text=True, check=False
+            [sys.executable, str(script), str(folder), str(work), QUESTION, *([str(adapter)] if adapter else [])],
+            capture_output=True,
+            text=True,
+            check=False,
         )
     if done.returncode:
         raise UserError(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 
-def main(folder: str, work: Path, question: str) -> None:
+def main(folder: str, work: Path, question: str, adapter: str | None = None) -> None:
     import torch
     from PIL import Image
     from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -18,7 +18,11 @@ def main(folder: str, work: Path, question: str) -> None:
     model, info = loaded
     if info["missing_keys"] or info["unexpected_keys"]:
         sys.exit(f"missing {sorted(info['missing_keys'])}, unexpected {sorted(info['unexpected_keys'])}")
-    processor = AutoProcessor.from_pretrained(folder)
+    processor = AutoProcessor.from_pretrained(adapter or folder)
+    if adapter:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, adapter).eval()
     expected = torch.load(work / "expected.pt")
     differences, pixel_difference = [], 0.0
     for name in ("image", "text"):
@@ -45,4 +49,4 @@ def main(folder: str, work: Path, question: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]), sys.argv[3])
+    main(sys.argv[1], Path(sys.argv[2]), *sys.argv[3:])

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from medvlm.config.schema import Backbone, Model, Part
+from medvlm.models.lora import is_adapter
 from medvlm.models.vision_language_model import PARTS, VisionLanguageModel
 
 
@@ -32,7 +33,12 @@ def apply_trainable(model: VisionLanguageModel, config: Model, unused: set[str])
         norms = _norm_parameters(getattr(model, name))
         parameters = model.part_parameters(name)
         for key, p in parameters.items():
-            chosen = part.train == "full" or (part.train == "norm_and_bias" and (key in norms or key.endswith("bias")))
+            chosen = {
+                "frozen": False,
+                "full": True,
+                "norm_and_bias": key in norms or key.endswith("bias"),
+                "lora": is_adapter(key),
+            }[part.train]
             p.requires_grad_(chosen and not (name == "vision_tower" and key in unused))
         total = sum(map(_numel, parameters.values()))
         trainable = sum(_numel(p) for p in parameters.values() if p.requires_grad)

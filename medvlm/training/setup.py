@@ -15,6 +15,7 @@ from medvlm.data.loader import MicroBatches
 from medvlm.data.plan import Lengths, Plan
 from medvlm.errors import UserError
 from medvlm.models.build import Components, build_components, build_model
+from medvlm.models.lora import add_adapters, is_adapter, merged
 from medvlm.models.trainable import PartSummary, apply_trainable
 from medvlm.training import checkpoint, distributed
 from medvlm.training.engine import lift_scalars
@@ -75,8 +76,9 @@ def start(config: RunConfig) -> Session:
     model = build_model(config.model, parts, precision(config), ds_config, config.run.seed)
     if config.model.init_from and not found:
         source = checkpoint.newest(Path(config.model.init_from))
-        state = checkpoint.consolidate(source) if rank == 0 or ds_config["zero_optimization"]["stage"] < 3 else None
+        state = initial_weights(source) if rank == 0 or ds_config["zero_optimization"]["stage"] < 3 else None
         checkpoint.load_weights(model, state, str(source))
+    add_adapters(model, config.model, parts.unused_vision_parameters, config.run.seed)
     lift_scalars(model)
     summaries = apply_trainable(model, config.model, parts.unused_vision_parameters)
     groups = parameter_groups(model, config)
@@ -105,6 +107,15 @@ def start(config: RunConfig) -> Session:
         total=total_steps(config, plan),
         step=checkpoint.resume(engine, found[-1], manifest) if found else 0,
     )
+
+
+def initial_weights(source: Path) -> dict[str, torch.Tensor]:
+    """The weights of a checkpoint under stock names, adapters merged."""
+    state = checkpoint.consolidate(source)
+    if not any(map(is_adapter, state)):
+        return state
+    values = yaml.safe_load((source.parents[1] / "config.yaml").read_text())
+    return dict(merged(state, RunConfig.model_validate(values).model))
 
 
 def precision(config: RunConfig) -> torch.dtype:
