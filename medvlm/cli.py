@@ -3,6 +3,7 @@
 # Each command is a few lines that call into one package; heavy imports wait until they are needed.
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -28,6 +29,10 @@ def train(
     tiny: Annotated[bool, typer.Option(help="Small random backbones and phantom data: a minute on a laptop.")] = False,
 ) -> None:
     """Train a recipe. Start it through launchers/ for several ranks; alone it is one rank."""
+    if several_ranks():  # meet first, so that an error in the recipe is told once
+        from medvlm.training import distributed
+
+        distributed.start()
     from medvlm.config.load import load_recipe
     from medvlm.config.tiny import TINY_DATA, tiny_values
 
@@ -143,6 +148,10 @@ def generate(
     print(Generator(folder).answers([request], max_new_tokens=max_new_tokens, batch_size=1)[0])
 
 
+def several_ranks() -> bool:
+    return int(os.environ.get("WORLD_SIZE", 1)) > 1
+
+
 def main() -> None:
     if "prepare" in sys.argv[1:2]:
         from data_prep.cli import register
@@ -151,8 +160,21 @@ def main() -> None:
     try:
         app()
     except UserError as error:
-        print(f"medvlm: error: {error}", file=sys.stderr)
+        message: str | None = str(error)
+        if several_ranks():
+            from medvlm.training import failures
+
+            message = failures.sentence_to_print(str(error))
+        if message:
+            print(f"medvlm: error: {message}", file=sys.stderr)
         sys.exit(2)
+    except Exception:
+        if several_ranks():
+            from medvlm.training import failures
+
+            if failures.is_told_by_another_rank():
+                sys.exit(1)
+        raise
 
 
 if __name__ == "__main__":

@@ -83,6 +83,8 @@ def zygote() -> Zygote:
 
 
 def _serve() -> None:
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what is printed by imports is no answer
     import deepspeed  # noqa: F401
     import torch.utils.tensorboard  # noqa: F401
     import transformers.models.llama.modeling_llama
@@ -92,8 +94,6 @@ def _serve() -> None:
     import medvlm.export.llava
     import medvlm.training.loop  # noqa: F401
 
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
     for line in sys.stdin:
         request = json.loads(line)
         answers.write(json.dumps(_run(request)) + "\n")

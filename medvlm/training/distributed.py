@@ -13,9 +13,16 @@ warnings.filterwarnings("ignore", category=FutureWarning)  # torch 2.13 prints o
 import deepspeed  # noqa: E402  (reads DS_ACCELERATOR when imported)
 from deepspeed import comm  # noqa: E402
 
+from medvlm.errors import UserError  # noqa: E402
+
 
 def start() -> None:
-    """Join the process group of the launcher (deepspeed, torchrun), or make one of a single rank."""
+    """Join the process group of the launcher (deepspeed, torchrun, srun), or make one of a single rank; once.
+
+    Raises UserError where the ranks cannot meet.
+    """
+    if comm.is_initialized():
+        return
     for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
         os.environ.setdefault(name, value)
     if "MASTER_PORT" not in os.environ:
@@ -29,7 +36,14 @@ def start() -> None:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         if os.environ["WORLD_SIZE"] != "1":
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["WORLD_SIZE"])))
-    deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo", verbose=False)
+    try:
+        deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo", verbose=False)
+    except torch.distributed.DistNetworkError as error:
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        if "EADDRINUSE" in str(error):
+            raise UserError(f"port {where} is in use by another program; set MASTER_PORT to a free one") from None
+        reason = str(error).splitlines()[0]
+        raise UserError(f"rank {os.environ['RANK']} cannot meet rank 0 at {where} ({reason})") from None
 
 
 def stop() -> None:

@@ -1,0 +1,70 @@
+"""An error is told by exactly one rank, and every rank ends with an error."""
+
+import socket
+
+import pytest
+from conftest import launch
+from toy import make_recipe, make_world
+from zygote import zygote
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return make_world(tmp_path_factory.mktemp("failures"))
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("training.global_batch_size=7", "training.global_batch_size: 7 is not a multiple of micro_batch_size 2 x 2"),
+        ("training.stepps=3", "did you mean 'steps'?"),
+    ],
+)
+def test_what_all_ranks_see_is_told_by_rank_0_alone(folder, override, words):
+    output = launch(make_recipe(folder), override, fails=True)
+    assert output.count("medvlm: error:") == output.count(words) == 1
+    assert "Traceback" not in output and "rank 1" not in output
+
+
+SCRIPT = """
+import sys, torch
+from medvlm import cli
+from medvlm.errors import UserError
+from medvlm.training import distributed, loop
+
+def train(config):
+    if distributed.rank() == {guilty}:
+        raise UserError("the disk is gone")
+    torch.distributed.all_reduce(torch.zeros(1))  # never answered
+
+loop.train = train
+sys.argv = ["medvlm", "train", {recipe!r}]
+cli.main()
+"""
+
+
+@pytest.mark.parametrize(("guilty", "said"), [(0, "medvlm: error: the disk"), (1, "medvlm: error: rank 1 on ")])
+def test_what_one_rank_sees_is_told_by_that_rank_while_the_others_wait_for_it(folder, guilty, said):
+    script = folder / "script.py"
+    script.write_text(SCRIPT.format(guilty=guilty, recipe=str(make_recipe(folder))))
+    done = zygote().run([], script=str(script), ranks=2)
+    assert done.returncode in (1, 2)
+    assert done.stderr.count("medvlm: error:") == 1 and said in done.stderr
+    assert "Traceback" not in done.stderr, done.stderr
+
+
+def test_a_port_in_use_is_told_at_once(folder):
+    with socket.socket() as other:
+        other.bind(("", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        places = {
+            "RANK": "0",
+            "LOCAL_RANK": "0",
+            "WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
+        done = zygote().run(["train", str(make_recipe(folder))], **places)
+    assert done.returncode == 2
+    assert f"127.0.0.1:{port} is in use by another program; set MASTER_PORT to a free one" in done.stderr
