@@ -4,8 +4,10 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export TOKENIZERS_PARALLELISM=false
 
 setup() { # setup EXTRAS: for example "eval,prep"
-    local stamp=.venv/medvlm-"$1" python=${PYTHON:-python3}
-    if [[ -f $stamp && ! setup.cfg -nt $stamp ]]; then return; fi
+    local stamp python=${PYTHON:-python3}
+    for stamp in .venv/medvlm-dev .venv/medvlm-"$1"; do # "dev" holds all the others
+        if [[ -f $stamp && ! setup.cfg -nt $stamp ]]; then return; fi
+    done
     "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "medvlm needs Python 3.10 or newer" >&2; exit 1; }
     echo "Setting up .venv (once; some minutes)"
     # An installed CUDA build of torch is used as it is.
@@ -29,6 +31,18 @@ setup() { # setup EXTRAS: for example "eval,prep"
 
 free_port() { # so that two runs on one machine do not meet
     .venv/bin/python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])'
+}
+
+require_free_port() { # require_free_port PORT
+    .venv/bin/python - "$1" <<'END' || exit 2
+import socket, sys
+s = socket.socket()
+s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+try:
+    s.bind(("", int(sys.argv[1])))
+except (OSError, ValueError, OverflowError) as error:
+    sys.exit(f"port {sys.argv[1]} cannot be used ({error}); give another one")
+END
 }
 
 gpus() { .venv/bin/python -c 'import torch; print(torch.cuda.device_count())'; }
