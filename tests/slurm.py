@@ -32,7 +32,7 @@ SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
 # a requeued job may start again only after cred_expire seconds
-AuthInfo=socket={lab}/munge/munge.socket,cred_expire=10
+AuthInfo=socket={lab}/munge/munge.socket,cred_expire=5
 CredType=cred/munge
 StateSaveLocation={lab}/state
 SlurmdSpoolDir={lab}/spool/%n
@@ -44,7 +44,8 @@ ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 JobAcctGatherType=jobacct_gather/none
 AccountingStorageType=accounting_storage/none
-JobCompType=jobcomp/none
+JobCompType=jobcomp/filetxt
+JobCompLoc={lab}/log/jobcomp.txt
 MpiDefault=none
 SwitchType=switch/none
 SlurmdParameters=config_overrides
@@ -191,7 +192,9 @@ def _stop(cluster: Cluster) -> None:
         ids = subprocess.run(["squeue", "-h", "-o", "%A"], capture_output=True, text=True, timeout=10).stdout.split()
         if ids:
             subprocess.run(["scancel", *ids], capture_output=True, timeout=10)
-            time.sleep(1)  # the nodes tell their processes
+            end = time.monotonic() + 10  # the nodes end their processes, by force after KillWait
+            while subprocess.run(["squeue", "-h"], capture_output=True, timeout=10).stdout and time.monotonic() < end:
+                time.sleep(0.2)
     files = [
         *cluster.folder.glob("slurmd.*.pid"),
         cluster.folder / "slurmctld.pid",

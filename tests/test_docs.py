@@ -34,7 +34,14 @@ BLOCK = re.compile(r"(?:^<!-- ([\w-]+) -->\n)?^```(\w*)\n(.*?)^```$", re.M | re.
 TRAINERS = {"local.sh", "torchrun.sh", "deepspeed_multinode.sh", "train.sbatch"}
 EXAMPLES = Path(tempfile.mkdtemp(prefix="medvlm-docs-"))
 atexit.register(shutil.rmtree, EXAMPLES, ignore_errors=True)
-OTHER_COMMANDS = {"source", "pip"}  # known and not checked; anything else is an error
+OTHER_COMMANDS = {
+    "source",
+    "pip",
+    "scancel",
+    "scontrol",
+    "squeue",
+    "sacct",
+}  # known and not checked; anything else is an error
 
 
 def blocks(page: Path, language: str) -> list[tuple[str | None, str]]:
@@ -62,8 +69,15 @@ def check(words: list[str]) -> None:
         assert script.is_file(), f"{rest[at]} does not exist"
         if script.name in TRAINERS:
             check_medvlm(["train", *rest[at + 1 :]])
+        if script.name == "evaluate.sbatch":
+            check_medvlm(["evaluate", *rest[at + 1 :]])
         for word in rest[at + 1 :] if script.name == "test.sh" else []:
             assert not word.startswith("tests/") or (REPO / word).exists(), f"{word} does not exist"
+    elif name == "accelerate":
+        assert rest[:2] == ["launch", "--config_file"] and (REPO / rest[2]).is_file()
+        module = rest.index("-m")
+        assert rest[module + 1] == "medvlm.cli"
+        check_medvlm(rest[module + 2 :])
     else:
         assert name in OTHER_COMMANDS, f"{name}: not known to this test"
 
@@ -131,6 +145,8 @@ def test_command_lines_parse(page):
         "bash launchers/local.sh vqa_rad-smollm2 training.epoch=2",
         "bash launchers/nowhere.sh",
         "NPROC=2 bash launchers/torchrun.sh",
+        "accelerate launch --config_file launchers/nowhere.yaml -m medvlm.cli train vqa_rad-smollm2",
+        "sbatch launchers/slurm/evaluate.sbatch MODEL",
         "kubectl apply",
     ],
 )
@@ -260,7 +276,9 @@ def test_deepspeed_readme_explains_every_file_and_key():
                 assert f"`{inner}`" in section, f"{path.name}: {key}.{inner} is not explained"
 
 
-@pytest.mark.parametrize("script", [*sorted((REPO / "launchers").rglob("*.sh")), REPO / "launchers/slurm/train.sbatch"])
+@pytest.mark.parametrize(
+    "script", sorted((REPO / "launchers").rglob("*.sh")) + sorted((REPO / "launchers").rglob("*.sbatch"))
+)
 def test_launchers_are_valid_bash(script):
     done = subprocess.run(["bash", "-n", str(script)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
