@@ -45,7 +45,7 @@ def export_adapter(run: Path, out: Path, base: Path | None = None, tag: str | No
     staging.mkdir(parents=True)
     frozen = base or staging / "base"
     if base is None:
-        write_base(state, parts, config, frozen)
+        write_base(checkpoint.StockWeights(state, merge=False), parts, config, frozen)
     tensors = {adapter_name(name): value for name, value in state.items() if lora.is_adapter(name)}
     whole = _whole_modules(config.model)
     for name, value in to_llava(model, parts, config).state_dict().items() if whole else ():
@@ -64,12 +64,12 @@ def export_adapter(run: Path, out: Path, base: Path | None = None, tag: str | No
     return {"path": str(out), "base": settings.base_model_name_or_path, "checkpoint": str(source), **proof}
 
 
-def write_base(state: dict[str, torch.Tensor], parts: Components, config: RunConfig, folder: Path) -> None:
+def write_base(weights: checkpoint.StockWeights, parts: Components, config: RunConfig, folder: Path) -> None:
     plain = config.model_copy(deep=True)
     for part in PARTS:
         part_config(plain.model, part).train = "frozen"
     model = build_model(plain.model, parts, torch.float32)
-    checkpoint.load_weights(model, lora.without_adapters(state), str(folder))
+    checkpoint.load_weights(model, weights, str(weights.path))
     to_llava(model, parts, plain).save_pretrained(folder)
     parts.processor.save_pretrained(folder)
 

@@ -49,7 +49,7 @@ def export_run(run: Path, out: Path, tag: str | None = None) -> dict[str, Any]:
 
     staging = out.with_name(out.name + ".partial")
     shutil.rmtree(staging, ignore_errors=True)
-    bf16 = json.loads((source / checkpoint.MANIFEST).read_text())["bf16"]
+    bf16 = checkpoint.read_manifest(source)["bf16"]
     to_llava(model, parts, config).save_pretrained(staging)
     parts.processor.save_pretrained(staging)
     proof = verify(model, parts, staging)

@@ -37,6 +37,8 @@ class Components:
     vision_dim: int
     image_size: int
     unused_vision_parameters: set[str]
+    vocabulary_grown: bool
+    """Whether the language model gets rows for tokens that its weights do not have."""
 
     @property
     def tokenizer(self) -> Any:
@@ -64,7 +66,8 @@ def build_components(config: Model) -> Components:
         tokenizer.add_tokens(AddedToken(IMAGE_MARK, normalized=False, special=True), special_tokens=True)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    if len(tokenizer) > text.vocab_size:
+    grown = len(tokenizer) > text.vocab_size
+    if grown:
         text.vocab_size = -(-len(tokenizer) // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
     image_processor = _image_processor(config.vision_tower, vision)
     size = _square_size(image_processor)
@@ -81,7 +84,7 @@ def build_components(config: Model) -> Components:
         image_token=IMAGE_MARK,
         chat_template=_with_bos(tokenizer, multimodal_template(tokenizer.chat_template)),
     )
-    return Components(processor, vision, text, tokens, dim, size, unused)
+    return Components(processor, vision, text, tokens, dim, size, unused, grown)
 
 
 def build_model(

@@ -78,11 +78,6 @@ def merged(state: Mapping[str, Tensor], config: Model) -> Iterator[tuple[str, Te
             yield f"{layer}.weight", merge(state[name], a, b, scale(lora))
 
 
-def without_adapters(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What the adapters were put on, under stock names."""
-    return {name.replace(".base_layer.", "."): state[name] for name in state if not is_adapter(name)}
-
-
 def _targets(module: nn.Module, lora: Lora, skip: set[str], field: str) -> list[str]:
     """Names of the linear layers that get an adapter: all but the output layer, or those whose name ends as asked."""
     head = getattr(module, "get_output_embeddings", lambda: None)()

@@ -2,6 +2,7 @@
 
 import os
 import warnings
+from typing import Any
 
 import numpy as np
 import torch
@@ -78,6 +79,13 @@ def broadcast(array: np.ndarray) -> np.ndarray:
     tensor = torch.from_numpy(np.ascontiguousarray(array)).to(device())
     comm.broadcast(tensor, 0)
     return tensor.cpu().numpy()
+
+
+def gather(value: Any) -> list[Any]:
+    """Every rank's value, on all ranks, by rank. For small things that pickle."""
+    values: list[Any] = [None] * world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values
 
 
 def barrier() -> None:

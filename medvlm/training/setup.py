@@ -15,7 +15,7 @@ from medvlm.data.loader import MicroBatches
 from medvlm.data.plan import Lengths, Plan
 from medvlm.errors import UserError
 from medvlm.models.build import Components, build_components, build_model
-from medvlm.models.lora import add_adapters, is_adapter, merged
+from medvlm.models.lora import add_adapters
 from medvlm.models.trainable import PartSummary, apply_trainable
 from medvlm.training import checkpoint, distributed
 from medvlm.training.engine import lift_scalars
@@ -61,13 +61,8 @@ class Session:
 
 def start(config: RunConfig) -> Session:
     """Build a run, or continue it from its newest checkpoint. All ranks call this."""
-    rank, run = distributed.rank(), config.run.dir
     ds_config = deepspeed_config(config, distributed.world_size())
-    found = checkpoint.checkpoints(run)
-    if config.run.resume == "never" and found:
-        raise UserError(f"{run}: holds checkpoints, and run.resume is never; choose another run.name")
-    if config.run.resume == "require" and not found:
-        checkpoint.newest(run)  # raises, with the reason
+    found = checkpoint.to_resume(config.run.dir, config.run.resume)
     distributed.barrier()
 
     parts = build_components(config.model)
@@ -76,8 +71,8 @@ def start(config: RunConfig) -> Session:
     model = build_model(config.model, parts, precision(config), ds_config, config.run.seed)
     if config.model.init_from and not found:
         source = checkpoint.newest(Path(config.model.init_from))
-        state = initial_weights(source) if rank == 0 or ds_config["zero_optimization"]["stage"] < 3 else None
-        checkpoint.load_weights(model, state, str(source))
+        weights = checkpoint.StockWeights(checkpoint.consolidate(source), merge=True)
+        checkpoint.load_weights(model, weights, str(source))
     add_adapters(model, config.model, parts.unused_vision_parameters, config.run.seed)
     lift_scalars(model)
     summaries = apply_trainable(model, config.model, parts.unused_vision_parameters)
@@ -88,9 +83,10 @@ def start(config: RunConfig) -> Session:
         model=model, optimizer=make_optimizer(groups, config, offload), config=ds_config
     )
     manifest = {
-        "model": checkpoint.fingerprint(engine.module),
+        **checkpoint.identity(engine, config.model, parts.vocabulary_grown),
         "bf16": precision(config) == torch.bfloat16,
         "order": plan.hash,
+        "config": config.model_dump(mode="json"),
     }
     return Session(
         config=config,
@@ -105,17 +101,8 @@ def start(config: RunConfig) -> Session:
         manifest=manifest,
         accumulation=ds_config["gradient_accumulation_steps"],
         total=total_steps(config, plan),
-        step=checkpoint.resume(engine, found[-1], manifest) if found else 0,
+        step=checkpoint.resume(engine, found, manifest) if found else 0,
     )
-
-
-def initial_weights(source: Path) -> dict[str, torch.Tensor]:
-    """The weights of a checkpoint under stock names, adapters merged."""
-    state = checkpoint.consolidate(source)
-    if not any(map(is_adapter, state)):
-        return state
-    values = yaml.safe_load((source.parents[1] / "config.yaml").read_text())
-    return dict(merged(state, RunConfig.model_validate(values).model))
 
 
 def precision(config: RunConfig) -> torch.dtype:

@@ -1,0 +1,28 @@
+"""Checkpoints that any number of ranks and any ZeRO stage can go on from.
+
+A checkpoint holds, per rank, flat fragments of the parameters that trained: their fp32 values and their optimizer
+state. Frozen weights are stored once per run, or, where a pretrained folder gives them again, not at all. Random
+numbers and the data's position need no state: both are functions of the step. `docs/resume.md` describes the files.
+"""
+
+from medvlm.training.checkpoint.folder import checkpoints, fingerprint, newest, read_manifest, to_resume
+from medvlm.training.checkpoint.loading import load_weights, resume
+from medvlm.training.checkpoint.pieces import Weights, consolidate
+from medvlm.training.checkpoint.saving import Saver, identity, save
+from medvlm.training.checkpoint.stock import StockWeights
+
+__all__ = [
+    "Saver",
+    "StockWeights",
+    "Weights",
+    "checkpoints",
+    "consolidate",
+    "fingerprint",
+    "identity",
+    "load_weights",
+    "newest",
+    "read_manifest",
+    "resume",
+    "save",
+    "to_resume",
+]

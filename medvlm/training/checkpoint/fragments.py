@@ -1,0 +1,141 @@
+"""What a rank holds of each parameter, and where, at every ZeRO stage: the one place that knows DeepSpeed's layout.
+
+Read from deepspeed 0.19's ``runtime/zero/stage3.py`` and ``stage_1_and_2.py``. A *flat* tensor is what the optimizer
+updates: a run of parameters joined (ZeRO-1 to 3), or one parameter (ZeRO-0).
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from medvlm.training import distributed
+
+
+@dataclass
+class Fragment:
+    """Elements ``start`` to ``start + numel`` of the flat parameter ``name``, at ``at`` in the flat tensor."""
+
+    name: str
+    start: int
+    numel: int
+    at: int
+
+
+@dataclass
+class Flat:
+    """``state`` is the optimizer's own dict for ``tensor``, empty before the first update."""
+
+    tensor: Tensor
+    state: dict[str, Any]
+    fragments: list[Fragment]
+
+
+def flats(engine: Any, *, writing: bool) -> Iterator[Flat]:
+    """The flat tensors of this rank, one after another; state on NVMe is in memory only while it is being looked at.
+
+    ``writing``: only what this rank writes into a checkpoint, where several ranks hold the same. Otherwise everything
+    that it must be given, and what is changed is kept.
+    """
+    stage = engine.zero_optimization_stage()
+    names = {id(p): name for name, p in engine.module.named_parameters()}
+    by_stage = {0: _whole, 3: _sharded}.get(stage, _divided)
+    yield from by_stage(engine.optimizer, names, writing)
+
+
+def _whole(optimizer: Any, names: dict[int, str], writing: bool) -> Iterator[Flat]:
+    """ZeRO-0 in fp32: every rank updates every parameter; each writes its share of it."""
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            start, stop = _share(p.numel()) if writing else (0, p.numel())
+            yield Flat(p, optimizer.state[p], [Fragment(names[id(p)], start, stop - start, start)])
+
+
+def _divided(zero: Any, names: dict[int, str], writing: bool) -> Iterator[Flat]:
+    """ZeRO-1 and 2: a group's parameters are joined, and the rank has one slice of that, which may cut parameters."""
+    if hasattr(zero, "single_partition_of_fp32_groups"):
+        partitions, groups = zero.single_partition_of_fp32_groups, zero.bit16_groups
+    else:  # what DeepSpeed takes for ZeRO-1 in bf16 with gradients summed in fp32
+        partitions, groups = zero.fp32_groups_flat_partition, zero.bf16_groups
+    for tensor, parameters in zip(partitions, groups, strict=True):
+        fragments = []
+        for p in parameters:
+            if p._hp_mapping is not None:
+                inside, outside = p._hp_mapping.lp_fragment_address, p._hp_mapping.hp_fragment_address
+                fragments.append(Fragment(names[id(p)], inside.start, inside.numel, outside.start))
+        yield Flat(tensor, zero.optimizer.state[tensor], fragments)
+
+
+def _sharded(zero: Any, names: dict[int, str], writing: bool) -> Iterator[Flat]:
+    """ZeRO-3: every parameter is cut into equal parts, one per rank; the parts of a sub-group are joined."""
+    for n, (tensor, parameters) in enumerate(zip(zero.fp32_partitioned_groups_flat, zero.fp16_groups, strict=True)):
+        swapped = zero._swappable_optimizer_subgroup(n)
+        if swapped:
+            zero._optimizer_states_and_gradient_swap_in(n)
+        fragments, at = [], 0
+        for p in parameters:
+            start, numel = shard(p)
+            if numel:
+                fragments.append(Fragment(names[id(p)], start, numel, at))
+            at += p.partition_numel()
+        yield Flat(tensor, zero.optimizer.state[tensor], fragments)
+        if not writing:
+            zero._reassign_or_swap_out_partitioned_parameters(n)
+            if swapped:
+                zero._optimizer_states_and_gradient_swap_out(n)
+        elif swapped:
+            zero._release_swap_buffers(n)
+
+
+def shard(p: nn.Parameter) -> tuple[int, int]:
+    """First element and number of elements of the shard of a ZeRO-3 parameter that this rank holds, without padding."""
+    part: Any = p
+    start = part.ds_zero_partition_rank * part.partition_numel()
+    return start, max(0, min(part.ds_numel - start, part.partition_numel()))
+
+
+def held(p: nn.Parameter, *, writing: bool) -> tuple[int, Tensor]:
+    """Of any parameter: the first element, and the values, that this rank holds in the type of the forward pass."""
+    part: Any = p
+    if hasattr(p, "ds_id"):
+        start, numel = shard(p)
+        return start, part.ds_tensor.data.view(-1)[:numel]
+    start, stop = _share(p.numel()) if writing else (0, p.numel())
+    return start, p.data.view(-1)[start:stop]
+
+
+def _share(numel: int) -> tuple[int, int]:
+    """What a rank takes of something that all ranks hold."""
+    rank, world = distributed.rank(), distributed.world_size()
+    return rank * numel // world, (rank + 1) * numel // world
+
+
+def base_optimizer(engine: Any) -> Any:
+    """The optimizer that was given to DeepSpeed, without what DeepSpeed put around it."""
+    return getattr(engine.optimizer, "optimizer", engine.optimizer)
+
+
+def before_writing_weights(engine: Any) -> None:
+    """Under ZeRO-3 no parameter may be whole while its shards change."""
+    if engine.zero_optimization_stage() == 3:
+        engine.optimizer._partition_all_parameters()
+
+
+def after_writing_weights(engine: Any) -> None:
+    """Renew what is derived from the flat tensors and the shards: low-precision and whole parameters."""
+    stage = engine.zero_optimization_stage()
+    if stage == 3:
+        engine.optimizer.checkpoint_event_epilogue()
+    elif stage > 0:
+        engine.optimizer.update_lp_params()
+
+
+def persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
+    """Buffers that a state dict holds, such as running means: the same on all ranks."""
+    return {
+        f"{prefix}.{name}" if prefix else name: buffer
+        for prefix, child in module.named_modules()
+        for name, buffer in child._buffers.items()
+        if buffer is not None and name not in child._non_persistent_buffers_set
+    }

@@ -1,0 +1,56 @@
+"""A checkpoint's weights under the names of the model without adapters."""
+
+from collections.abc import Iterator, Mapping
+
+from torch import Tensor
+
+from medvlm.config.schema import Model
+from medvlm.models.lora import is_adapter, lora_of, scale
+from medvlm.training.checkpoint.pieces import Weights
+
+
+def stock_name(name: str) -> str:
+    """Of a weight that an adapter was put on: the one it had before. Others keep theirs."""
+    return name.replace(".base_layer.", ".")
+
+
+class StockWeights(Mapping[str, Tensor]):
+    """Adapters are merged (W + factor B A, in fp32), or left out. Everything is read when it is asked for."""
+
+    def __init__(self, weights: Weights, *, merge: bool):
+        self.weights, self.path, self.origin = weights, weights.path, weights.origin
+        self.names = {stock_name(name): name for name in weights.shapes if not is_adapter(name)}
+        self.shapes = {name: weights.shapes[old] for name, old in self.names.items()}
+        self.absent = {stock_name(name) for name in weights.absent}
+        self.model = Model.model_validate(weights.config["model"])
+        adapted = {name.partition(".lora_A.")[0] for name in weights.shapes if ".lora_A." in name}
+        self.adapted = {f"{layer}.weight": layer for layer in adapted} if merge else {}
+
+    def added(self, name: str, start: int, stop: int) -> Tensor | None:
+        """What an adapter adds to elements ``start`` to ``stop`` of a flat weight, if it has one."""
+        if name not in self.adapted:
+            return None
+        layer, lora = self.adapted[name], lora_of(self.model, name.partition(".")[0])
+        assert lora is not None
+        a, b = (self.weights[f"{layer}.lora_{side}.default.weight"] for side in "AB")
+        width = a.shape[1]
+        first, last = start // width, -(-stop // width)
+        rows = scale(lora) * (b[first:last] @ a)
+        return rows.reshape(-1)[start - first * width : stop - first * width]
+
+    def part(self, name: str, start: int, stop: int) -> Tensor:
+        """Elements ``start`` to ``stop`` of a flat weight."""
+        values = self.weights.part(self.names[name], start, stop)
+        more = self.added(name, start, stop)
+        return values if more is None else values.float() + more
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self.shapes:
+            raise KeyError(name)
+        return self.part(name, 0, self.shapes[name].numel()).float().view(self.shapes[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return (name for name in self.shapes if name not in self.absent)
+
+    def __len__(self) -> int:
+        return len(self.shapes) - len(self.absent)
