@@ -91,7 +91,19 @@ class Model(Section):
     language_model: LanguageModel
     init_from: str | None = None
     """A finished run whose weights this run starts from (stage 1 for stage 2)."""
-    attention: Literal["auto", "flash_attention_2", "flash_attention_3", "sdpa", "flex_attention", "eager"] = "auto"
+    attention: Literal[
+        "auto",
+        "flash_attention_2",
+        "flash_attention_3",
+        "flash_attention_4",
+        "varlen",
+        "flex_attention",
+        "sdpa",
+        "eager",
+    ] = "auto"
+    """Of the language model; the vision tower keeps transformers' own choice."""
+    kernels: Literal["auto", "liger", "torch"] = "auto"
+    """Fused RMSNorm, RoPE, SwiGLU and loss of the language model: Liger's on a GPU, or plain PyTorch."""
 
 
 class DataSource(Section):

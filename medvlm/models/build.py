@@ -14,6 +14,14 @@ from medvlm.config.schema import Backbone, Model
 from medvlm.data.conversation import multimodal_template
 from medvlm.data.schema import IMAGE_MARK
 from medvlm.errors import UserError
+from medvlm.models.kernels import (
+    Machine,
+    apply_liger,
+    attention_implementation,
+    choose_attention,
+    choose_kernels,
+    liger_loss,
+)
 from medvlm.models.multi_modal_projector import PROJECTORS
 from medvlm.models.vision_language_model import VisionLanguageModel, select_features
 
@@ -91,10 +99,9 @@ def build_model(
     config: Model, parts: Components, dtype: torch.dtype, deepspeed_config: dict[str, Any] | None = None, seed: int = 0
 ) -> VisionLanguageModel:
     """The model in ``dtype``; born sharded if ``deepspeed_config`` says ZeRO-3. Same seed, same new weights."""
-    attention: str | None = config.attention
-    if attention == "auto":  # None is transformers' own choice: SDPA where the model supports it, else eager
-        flash = transformers.utils.is_flash_attn_2_available() and dtype == torch.bfloat16
-        attention = "flash_attention_2" if flash else None
+    machine = Machine.here(dtype)
+    attention = choose_attention(config.attention, machine, parts.text_config)
+    kernels = choose_kernels(config.kernels, machine, parts.text_config)
     zero3 = bool(deepspeed_config) and deepspeed_config["zero_optimization"]["stage"] == 3  # type: ignore[index]
     keep_alive: Any = None
     context: Any = nullcontext()
@@ -108,7 +115,12 @@ def build_model(
     transformers.set_seed(seed)
     tower = _backbone(AutoModel, config.vision_tower, parts.vision_config, dtype, "model.vision_tower", None)
     language = _backbone(
-        AutoModelForCausalLM, config.language_model, parts.text_config, dtype, "model.language_model", attention
+        AutoModelForCausalLM,
+        config.language_model,
+        parts.text_config,
+        dtype,
+        "model.language_model",
+        attention_implementation(attention),
     )
     with context:
         projector = PROJECTORS[config.multi_modal_projector.kind](parts.vision_dim, parts.text_config.hidden_size)
@@ -125,6 +137,10 @@ def build_model(
         mean=list(image_processor.image_mean),
         std=list(image_processor.image_std),
     )
+    if kernels.name == "liger":
+        apply_liger(language)
+        language.get_output_embeddings().loss = liger_loss
+    model.choices = (attention.line("attention"), kernels.line("kernels"))
     model.__dict__["keep_alive"] = keep_alive  # transformers holds the ZeRO-3 switch by a weak reference
     return model
 

@@ -5,9 +5,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from medvlm.objectives.language_modeling import supervised_positions, token_cross_entropy_sum
+from medvlm.errors import UserError
+from medvlm.models.attention import VARLEN
+from medvlm.objectives.language_modeling import (
+    linear_cross_entropy_sum,
+    supervised_positions,
+    token_cross_entropy_sum,
+)
 
 PARTS = ("vision_tower", "multi_modal_projector", "language_model")
+MASKED_LAYERS = ("full_attention", "sliding_attention", "chunked_attention")  # in these a mask separates samples
 
 
 def select_features(tower: nn.Module, pixels: Tensor, layer: int | list[int], strategy: str) -> Tensor:
@@ -20,14 +27,35 @@ def select_features(tower: nn.Module, pixels: Tensor, layer: int | list[int], st
     return torch.cat([hidden[n][:, 1:] if strategy == "default" else hidden[n] for n in layers], dim=-1)
 
 
+class OutputHead(nn.Linear):
+    """A language model's output layer, which given targets returns the summed loss instead of logits.
+
+    ZeRO-3 gathers a layer's weight for the length of its own forward. The chunked loss is therefore one call of this
+    layer: a call per chunk would be a collective per chunk, and ranks have different numbers of them.
+    """
+
+    loss: Any = staticmethod(linear_cross_entropy_sum)
+
+    def forward(self, hidden: Tensor, targets: Tensor | None = None) -> Tensor:
+        """hidden [S, D] -> logits [S, V]; with targets [S], the sum of their losses (0-dim)."""
+        if targets is None:
+            return super().forward(hidden)
+        return self.loss(hidden, self.weight, targets, self.bias)
+
+
 class VisionLanguageModel(nn.Module):
-    """``mean`` and ``std`` (per channel, of pixels in 0..1) normalise the uint8 images on the model's device."""
+    """``mean`` and ``std`` (per channel, of pixels in 0..1) normalise the uint8 images on the model's device.
+
+    ``choices`` says which attention and kernels it was built with, and why nothing better, a line each.
+    """
+
+    choices: tuple[str, ...] = ()
 
     def __init__(
         self,
         vision_tower: nn.Module,
         projector: nn.Module,
-        language_model: nn.Module,
+        language_model: Any,
         *,
         image_token_id: int,
         image_size: int,
@@ -43,6 +71,10 @@ class VisionLanguageModel(nn.Module):
         self.image_token_id, self.image_size = image_token_id, image_size
         self.feature_layer, self.select_strategy = feature_layer, select_strategy
         self.mean, self.std = mean, std
+        head = self.language_model.get_output_embeddings()
+        if type(head) is nn.Linear:  # its weights and their names stay
+            head.__class__ = OutputHead
+        self.language_model.get_decoder().register_forward_pre_hook(_refuse_leaks, with_kwargs=True)
 
     def image_features(self, pixel_values: Tensor) -> Tensor:
         """uint8 [I, 3, S, S], or [I, 1, S, S] of grey images, which normalisation makes three channels -> [I, N, D]."""
@@ -64,9 +96,15 @@ class VisionLanguageModel(nn.Module):
     ) -> Tensor:
         """Final hidden states [B, T, D]. Every call runs every part, images or not.
 
+        A batch has an attention mask, or positions that restart in a row of segments; both raise ValueError.
+
         Ranks of a ZeRO run must run the same modules in the same order, and ZeRO-3 reuses the last gradient of a module
         that all ranks skip; a batch without images therefore sends one blank image through, times zero.
         """
+        if attention_mask is not None and (position_ids is not None or cu_seqlens is not None):
+            raise ValueError("a row of segments takes no attention mask: its samples would see each other")
+        if attention_mask is not None and attention_mask.all():
+            attention_mask = None  # nothing is padded
         embeds = self.language_model.get_input_embeddings()(input_ids)
         if pixel_values.shape[0]:
             features = self.image_features(pixel_values)
@@ -78,18 +116,37 @@ class VisionLanguageModel(nn.Module):
         else:
             blank = pixel_values.new_zeros(1, 3, self.image_size, self.image_size)
             embeds = embeds + 0.0 * self.image_features(blank).sum().to(embeds.dtype)
-        # use_cache=False also makes transformers build the block mask of a padding-free row from position_ids: with
-        # a cache (the default, in training too), its segments would see each other.
-        # Kernels for variable lengths (flash attention) take the segments' edges; the others ignore them.
-        edges = {"cu_seq_lens_q": cu_seqlens, "cu_seq_lens_k": cu_seqlens}
-        longest = {"max_length_q": max_seqlen, "max_length_k": max_seqlen}
+        packed = position_ids is not None or cu_seqlens is not None
+        segments: dict[str, Any] = {}
+        if packed or (attention_mask is None and self.language_model.config._attn_implementation == VARLEN):
+            edges, longest = self._segments(input_ids, position_ids, cu_seqlens, max_seqlen)
+            # Kernels for variable lengths take these; the others find the segments in position_ids.
+            segments = {"cu_seq_lens_q": edges, "cu_seq_lens_k": edges}
+            segments |= {"max_length_q": longest, "max_length_k": longest}
         return self.language_model.get_decoder()(
             inputs_embeds=embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
             use_cache=False,
-            **({} if cu_seqlens is None else {**edges, **longest}),
+            **segments,
         ).last_hidden_state
+
+    def _segments(
+        self, input_ids: Tensor, position_ids: Tensor | None, cu_seqlens: Tensor | None, max_seqlen: int | None
+    ) -> tuple[Tensor, int]:
+        """Edges and longest length of a batch without a mask: given, or from restarting positions, or its rows."""
+        rows, tokens = input_ids.shape
+        if cu_seqlens is None and position_ids is not None:
+            starts = (position_ids.flatten() == 0).nonzero()[:, 0]
+            if not len(starts) or starts[0] != 0:
+                raise ValueError("position_ids: the first position of a row is 0")
+            cu_seqlens = torch.cat([starts, starts.new_tensor([rows * tokens])]).int()
+        if cu_seqlens is None:
+            return torch.arange(0, rows * tokens + 1, tokens, dtype=torch.int32, device=input_ids.device), tokens
+        layers = set(getattr(self.language_model.config, "layer_types", None) or ()) - set(MASKED_LAYERS)
+        if layers:
+            raise UserError(f"data.packing: {min(layers)} layers carry a state from one sample of a row to the next")
+        return cu_seqlens, int(cu_seqlens.diff().max()) if max_seqlen is None else max_seqlen
 
     def forward(
         self,
@@ -105,7 +162,10 @@ class VisionLanguageModel(nn.Module):
         segments = (cu_seqlens, max_seqlen)
         hidden = self.hidden_states(input_ids, pixel_values, attention_mask, position_ids, *segments)
         mask, targets = supervised_positions(labels)
-        return token_cross_entropy_sum(self.head(hidden[mask]), targets)
+        head = self.language_model.get_output_embeddings()
+        if isinstance(head, OutputHead):
+            return head(hidden[mask], targets)
+        return token_cross_entropy_sum(head(hidden[mask]), targets)  # the layer was wrapped, by an adapter
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits as transformers' LLaVA makes them: Gemma-2's final soft cap, monotonic, is not part of that class."""
@@ -118,3 +178,13 @@ class VisionLanguageModel(nn.Module):
 
     def part_parameters(self, part: str) -> dict[str, nn.Parameter]:
         return dict(getattr(self, part).named_parameters())
+
+
+def _refuse_leaks(decoder: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+    """With segments, ``transformers`` separates them only if it gets neither a mask nor a cache. Raises ValueError."""
+    if kwargs.get("cu_seq_lens_q") is None:
+        return
+    if kwargs.get("attention_mask") is not None or kwargs.get("past_key_values") is not None:
+        raise ValueError("a row of segments takes no attention mask and no cache: its samples would see each other")
+    if kwargs.get("use_cache") is not False:
+        raise ValueError("a row of segments needs use_cache=False: with a cache its samples would see each other")

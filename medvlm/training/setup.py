@@ -55,7 +55,7 @@ class Session:
             f"{self.config.run.name}: steps {self.step} to {self.total}, {world} rank(s), ZeRO-{self.stage}, "
             f"{str(precision(self.config)).removeprefix('torch.')}, global batch {training.global_batch_size} = "
             f"{training.micro_batch_size} x {world} x {self.accumulation}{' packs' if self.plan.packing else ''}, "
-            f"{len(self.data.reader)} samples, plan {self.plan.hash}"
+            f"{len(self.data.reader)} samples, plan {self.plan.hash}\n" + "\n".join(self.engine.module.choices)
         )
 
 
