@@ -223,6 +223,11 @@ class Training(Section):
     gradient_clipping: float = Field(default=1.0, gt=0)
     checkpoint_every: int = Field(default=500, gt=0)
     keep_checkpoints: int = Field(default=2, gt=0)
+    """The newest ones; older ones are removed."""
+    keep_every: int | None = Field(default=None, gt=0)
+    """Checkpoints of steps that are multiples of this stay as well."""
+    checkpoint_in_background: bool = True
+    """Write from a copy in the host's memory while training goes on. Off: training waits, and needs no such memory."""
     evaluate_every: int | None = Field(default=None, gt=0)
     evaluation_batches: int | None = Field(default=None, gt=0)
     stop_after: int | None = Field(default=None, gt=0)

@@ -6,7 +6,7 @@ import time
 from medvlm.config.schema import RunConfig
 from medvlm.training import checkpoint, distributed
 from medvlm.training.meters import Meters, print_parts
-from medvlm.training.setup import start, write_run_files
+from medvlm.training.setup import make_saver, start, write_run_files
 from medvlm.training.step import Quarantine, batches_from, exchange_counts, record, update
 from medvlm.training.validation import evaluation_loss
 
@@ -30,12 +30,15 @@ def train(config: RunConfig) -> int:
     last = min(session.total, training.stop_after or session.total)
     loader = batches_from(session, step, last)
     quarantine = Quarantine(session)
+    saver = make_saver(session)
     for packs in plan.global_batches(step, last):
         numbers = [number for pack in packs for number, _ in pack]
         started = time.perf_counter()
         batches = [next(loader) for _ in range(session.accumulation)]
         data_seconds = time.perf_counter() - started
-        counts = exchange_counts(batches, bool(signals))
+        counts = exchange_counts(batches, bool(signals), saver.ready)
+        if counts.written == distributed.world_size():
+            saver.finish()
         quarantine.check(step, batches, counts, len(numbers))
         keys = session.data.reader.keys(numbers)
         values = update(session, step, batches, counts, keys)
@@ -44,8 +47,9 @@ def train(config: RunConfig) -> int:
             more = record(session, step, counts, len(packs), keys, started, data_seconds)
             meters.write({"step": step, "epoch": plan.epoch(step - 1), **values, **more})
         if counts.interrupted or step == last or step % training.checkpoint_every == 0:
-            checkpoint.save(session.engine, run, step, session.manifest, training.keep_checkpoints)
+            saver.save(step)
         if counts.interrupted:
+            saver.wait()
             if meters:
                 meters.close()
                 print(f"interrupted: checkpoint of step {step} written; start again to go on", flush=True)
@@ -55,6 +59,7 @@ def train(config: RunConfig) -> int:
             value = evaluation_loss(session)
             if meters:
                 meters.write({"step": step, "eval_loss": value})
+    saver.wait()
     if meters:
         meters.close()
         print(f"{config.run.name}: finished at step {step}, {checkpoint.newest(run)}", flush=True)

@@ -21,6 +21,7 @@ from medvlm.training import checkpoint, distributed
 from medvlm.training.engine import lift_scalars
 from medvlm.training.feed import accumulation_steps, count_lengths, make_plan, needs_lengths, training_data
 from medvlm.training.optimizer import make_optimizer, parameter_groups
+from medvlm.training.run_lock import lock_run
 
 
 @dataclass
@@ -62,8 +63,11 @@ class Session:
 def start(config: RunConfig) -> Session:
     """Build a run, or continue it from its newest checkpoint. All ranks call this."""
     ds_config = deepspeed_config(config, distributed.world_size())
-    found = checkpoint.to_resume(config.run.dir, config.run.resume)
+    lock_run(config.run.dir)
+    if distributed.rank() == 0:
+        checkpoint.clean(config.run.dir)
     distributed.barrier()
+    found = checkpoint.to_resume(config.run.dir, config.run.resume)
 
     parts = build_components(config.model)
     data = training_data(config, parts)
@@ -150,6 +154,18 @@ def lengths_for_all_ranks(config: RunConfig, data: MicroBatches) -> Lengths | No
     counts = np.stack([lengths.text, lengths.images], 1) if lengths else np.zeros((len(data.reader), 2), np.int32)
     counts = distributed.broadcast(counts)
     return Lengths(counts[:, 0], counts[:, 1], data.encoder.conversation.image_tokens)
+
+
+def make_saver(session: Session) -> checkpoint.Saver:
+    training = session.config.training
+    return checkpoint.Saver(
+        session.engine,
+        session.run,
+        session.manifest,
+        training.keep_checkpoints,
+        training.keep_every,
+        training.checkpoint_in_background,
+    )
 
 
 def write_run_files(session: Session) -> None:

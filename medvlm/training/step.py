@@ -21,7 +21,8 @@ from medvlm.training.setup import Session
 
 @dataclass
 class Counts:
-    """Of a step's batches, summed over ranks; ``interrupted`` is the number of ranks that got a signal."""
+    """Of a step's batches, summed over ranks. ``interrupted`` is the number of ranks that got a signal, ``written`` of
+    those whose part of a pending checkpoint is on the disk."""
 
     supervised: int
     tokens: int
@@ -29,6 +30,7 @@ class Counts:
     images: int
     quarantined: int
     interrupted: int
+    written: int
 
 
 def batches_from(session: Session, step: int, last: int) -> Iterator[Batch]:
@@ -44,8 +46,9 @@ def batches_from(session: Session, step: int, last: int) -> Iterator[Batch]:
     return load_batches(session.data, work(), session.config.data.workers)
 
 
-def exchange_counts(batches: Sequence[Batch], interrupted: bool) -> Counts:
-    """What a step exchanges before its forward pass: the tokens its loss is divided by, and who wants to stop."""
+def exchange_counts(batches: Sequence[Batch], interrupted: bool, written: bool) -> Counts:
+    """What a step exchanges before its forward pass: the tokens its loss is divided by, who wants to stop, who has
+    written its part of a checkpoint."""
     values = distributed.sum_over_ranks(
         [
             sum(b.supervised_tokens for b in batches),
@@ -54,6 +57,7 @@ def exchange_counts(batches: Sequence[Batch], interrupted: bool) -> Counts:
             sum(b.pixel_values.shape[0] for b in batches),
             sum(len(b.quarantined) for b in batches),
             float(interrupted),
+            float(written),
         ]
     )
     return Counts(*map(int, values))

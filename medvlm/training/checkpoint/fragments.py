@@ -25,11 +25,13 @@ class Fragment:
 
 @dataclass
 class Flat:
-    """``state`` is the optimizer's own dict for ``tensor``, empty before the first update."""
+    """``state`` is the optimizer's own dict for ``tensor``, empty before the first update. ``lent``: both are gone from
+    memory when the next flat tensor is asked for."""
 
     tensor: Tensor
     state: dict[str, Any]
     fragments: list[Fragment]
+    lent: bool = False
 
 
 def flats(engine: Any, *, writing: bool) -> Iterator[Flat]:
@@ -79,7 +81,7 @@ def _sharded(zero: Any, names: dict[int, str], writing: bool) -> Iterator[Flat]:
             if numel:
                 fragments.append(Fragment(names[id(p)], start, numel, at))
             at += p.partition_numel()
-        yield Flat(tensor, zero.optimizer.state[tensor], fragments)
+        yield Flat(tensor, zero.optimizer.state[tensor], fragments, swapped)
         if not writing:
             zero._reassign_or_swap_out_partitioned_parameters(n)
             if swapped:

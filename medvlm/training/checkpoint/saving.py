@@ -90,10 +90,6 @@ class Saver:
         self.result: tuple[list[dict[str, Any]], str] = ([], "")
 
     @property
-    def pending(self) -> bool:
-        return self.thread is not None
-
-    @property
     def ready(self) -> bool:
         """Whether a checkpoint is pending of which this rank has nothing left to write, or has failed to."""
         return self.thread is not None and not self.thread.is_alive()
@@ -151,8 +147,8 @@ class Saver:
                 copied.synchronize()
             name = rank_file(distributed.rank(), distributed.world_size())
             self.result = [part.write(name) for part in self.parts], ""
-        except (OSError, RuntimeError) as error:
-            self.result = [], str(error).splitlines()[0]
+        except Exception as error:  # told by `finish`, on all ranks
+            self.result = [], (str(error) or type(error).__name__).splitlines()[0]
 
     def _complete(self, files: list[dict[str, Any]]) -> None:
         """Rank 0: the frozen weights first, as the checkpoint refers to them."""
@@ -195,22 +191,21 @@ class Saver:
         return [Part(folder, entries, starts)]
 
     def _trained(self, step: int) -> Part:
-        """A copy of what trains, with the optimizer's state."""
+        """What trains, with the optimizer's state."""
         part = Part(self.run / "checkpoints" / f"{step_name(step)}.partial", [], {})
         for n, flat in enumerate(fragments.flats(self.engine, writing=True)):
             tensors = {k: v for k, v in flat.state.items() if torch.is_tensor(v) and v.dim()}
             scalars = {k: _scalar(v) for k, v in flat.state.items() if k not in tensors}
-            # states of another shape, as of 8-bit optimizers, belong to this flat tensor as a whole
-            bound = any(v.shape != flat.tensor.shape for v in tensors.values())
-            for f in flat.fragments if not bound else []:
-                for kind, tensor in {VALUE: flat.tensor, **tensors}.items():
-                    self._add(part, key(kind, f.name), tensor.data.view(-1)[f.at : f.at + f.numel])
-            if bound:
+            if any(v.shape != flat.tensor.shape for v in tensors.values()):
+                # as of 8-bit optimizers: such states belong to this flat tensor as a whole
                 part.layouts[str(n)] = [[f.name, f.start, f.numel, f.at] for f in flat.fragments]
-                for f in flat.fragments:
-                    self._add(part, key(VALUE, f.name), flat.tensor.data.view(-1)[f.at : f.at + f.numel])
                 for kind, tensor in tensors.items():
-                    self._add(part, f"{n}@{kind}", tensor)
+                    self._add(part, f"{n}@{kind}", tensor, flat.lent)
+                tensors = {}
+            for f in flat.fragments:
+                for kind, tensor in {VALUE: flat.tensor, **tensors}.items():
+                    values = tensor.data.view(-1)[f.at : f.at + f.numel]
+                    self._add(part, key(kind, f.name), values, flat.lent)
             part.starts |= {f.name: f.start for f in flat.fragments}
             part.scalars |= {f.name: scalars for f in flat.fragments if scalars}
         if distributed.rank() == 0:
@@ -218,13 +213,15 @@ class Saver:
                 self._add(part, key("buffer", name), buffer)
         return part
 
-    def _add(self, part: Part, name: str, tensor: Tensor) -> None:
-        """The copies stay allocated from one checkpoint to the next: touching new memory takes longer than copying."""
-        copy = self.copies.get(name)
-        if copy is None or copy.shape != tensor.shape or copy.dtype != tensor.dtype:
-            copy = self.copies[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-        copy.copy_(tensor, non_blocking=True)
-        part.entries.append(Entry(name, tensor.dtype, tuple(tensor.shape), partial(_same, copy)))
+    def _add(self, part: Part, name: str, tensor: Tensor, lent: bool = False) -> None:
+        """In the background, write a copy: training goes on to change the tensor. Copies stay allocated from one
+        checkpoint to the next, as touching new memory takes longer than copying."""
+        if self.background or lent:
+            copy = self.copies.get(name)
+            if copy is None or copy.shape != tensor.shape or copy.dtype != tensor.dtype:
+                copy = self.copies[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+            tensor = copy.copy_(tensor, non_blocking=True)
+        part.entries.append(Entry(name, tensor.dtype, tuple(tensor.shape), partial(_same, tensor)))
 
 
 def _same(tensor: Tensor) -> Tensor:

@@ -1,0 +1,210 @@
+"""Checkpoints as files: written in the background, checked, pruned, consolidated, locked."""
+
+import fcntl
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import launch, medvlm, two_ranks
+from safetensors.torch import load_file
+from toy import make_recipe
+
+from medvlm.training import checkpoint
+from medvlm.training.checkpoint.folder import checkpoints
+
+
+def rows(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def kept(world) -> Path:
+    """A run of six steps with a checkpoint at each, of which some stay."""
+    options = {"checkpoint_every": 1, "keep_checkpoints": 2, "keep_every": 3, "steps": 6, "zero": "zero2"}
+    launch(make_recipe(world, "kept", **{f"training__{key}": value for key, value in options.items()}))
+    return world / "runs" / "kept"
+
+
+@pytest.fixture
+def run(kept, world, tmp_path) -> Path:
+    """A copy of it, to be damaged."""
+    shutil.copytree(kept, tmp_path / "runs" / "kept")
+    text = (world / "kept.yaml").read_text().replace(str(world / "runs"), str(tmp_path / "runs"))
+    (tmp_path / "kept.yaml").write_text(text)
+    return tmp_path / "runs" / "kept"
+
+
+def resume_of(run: Path, *arguments: str, **options) -> str:
+    return launch(run.parent.parent / "kept.yaml", *arguments, **options)
+
+
+def names(run: Path) -> list[str]:
+    return sorted(path.name for path in (run / "checkpoints").glob("step-*"))
+
+
+def test_the_newest_checkpoints_and_those_at_multiples_stay(kept):
+    assert names(kept) == ["step-00000003", "step-00000005", "step-00000006"]
+
+
+def test_prune_removes_old_ones_and_never_the_last(run):
+    done = json.loads(medvlm("checkpoint", "prune", run, "--keep", 1, "--json"))
+    assert done["removed"] == ["step-00000003", "step-00000005"] and names(run) == done["kept"] == ["step-00000006"]
+    (run / "checkpoints" / "step-00000006" / "medvlm.json").unlink()
+    output = medvlm("checkpoint", "prune", run, "--after", "step-00000005", status=2)
+    assert "no complete checkpoint step-00000005" in output and names(run) == ["step-00000006"]
+
+
+def test_a_flipped_byte_is_found_and_the_way_back_is_named(run):
+    before = rows(run)
+    file = run / "checkpoints" / "step-00000006" / "rank-00001-of-00002.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-100] ^= 1
+    file.write_bytes(data)
+    found = json.loads(medvlm("checkpoint", "verify", run, "--json", status=1).splitlines()[0])
+    assert [bool(row["problem"]) for row in found] == [False, False, True] and file.name in found[2]["problem"]
+    output = resume_of(run, fails=True)
+    assert output.count("medvlm: error:") == 1 and "Traceback" not in output
+    command = f"medvlm checkpoint prune {run} --after step-00000005"
+    assert f"{file.name} has checksum" in output and command in output
+    medvlm(*command.split()[1:])
+    resume_of(run, "run.resume=require")
+    assert [row["loss"] for row in rows(run)] == [row["loss"] for row in before]
+
+
+@pytest.mark.parametrize("name", ["rank-00000-of-00002.safetensors", "medvlm.json", "frozen"])
+def test_a_half_deleted_checkpoint_is_never_passed_over(run, name):
+    folder = run / "checkpoints" / "step-00000006"
+    if name == "frozen":  # what no feature depends on is frozen, and stored once for all of them
+        shutil.rmtree(next((run / "checkpoints").glob("frozen-*")))
+        message = "no complete checkpoint is left before it"
+    else:
+        (folder / name).unlink()
+        message = f"prune {run} --after step-00000005"
+    output = resume_of(run, fails=True)
+    assert "is missing" in output and message in output and "Traceback" not in output
+
+
+def test_leftovers_of_a_killed_run_are_removed_at_the_next_start(run):
+    for name in ("step-00000009.partial", "frozen-1.partial"):
+        (run / "checkpoints" / name).mkdir()
+    resume_of(run, ranks=1)
+    assert not list((run / "checkpoints").glob("*.partial"))
+
+
+def test_two_runs_in_one_folder_are_refused(run):
+    with (run / ".lock").open("a") as file:
+        file.write(" of another test")
+        file.flush()
+        fcntl.lockf(file, fcntl.LOCK_EX)
+        output = resume_of(run, ranks=1, fails=True)
+        pruning = medvlm("checkpoint", "prune", run, "--keep", 1, status=2)
+    assert "another run is at work in it (process" in output and "another run is at work" in pruning
+
+
+def test_inspect_tells_what_is_in_a_checkpoint(kept):
+    found = json.loads(medvlm("checkpoint", "inspect", kept, "--json"))
+    assert (found["step"], found["world_size"], found["zero_stage"]) == (6, 2, 2)
+    assert found["stored"] == {"param": "float32", "exp_avg": "float32", "exp_avg_sq": "float32"}
+    # by hand: embedding and head 320 x 32, two layers of q, o 32 x 32, k, v 16 x 32, three 64 x 32, two norms; a norm
+    language = 2 * 320 * 32 + 2 * (2 * 1024 + 2 * 512 + 3 * 2048 + 64) + 32
+    assert found["parts"]["language_model"] == {"parameters": language, "trained": language}
+    assert "language_model" in medvlm("checkpoint", "inspect", kept / "checkpoints" / "step-00000003")
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_consolidate_writes_what_hugging_face_tools_read(kept, tmp_path, dtype):
+    out = tmp_path / "whole"
+    done = json.loads(
+        medvlm("checkpoint", "consolidate", kept, "--out", out, "--dtype", dtype, "--shard-gib", 0.0001, "--json")
+    )
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    files = sorted(set(index["weight_map"].values()))
+    whole = {key: value for name in files for key, value in load_file(out / name).items()}
+    assert len(files) > 1 and index["metadata"]["total_size"] == done["bytes"]
+    expected = checkpoint.consolidate(checkpoint.newest(kept))
+    assert whole.keys() == set(expected)
+    kind = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
+    assert all(torch.equal(whole[name], expected[name].to(kind)) for name in whole)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_consolidated_weights_equal_those_of_deepspeed_s_own_tool(world, tmp_path, stage):
+    """Both checkpoints are written by one engine in bf16, with a frozen part."""
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    name = f"both{stage}"
+    options = {"training__precision": "bf16", "model__vision_tower__train": "frozen"}
+    recipe = make_recipe(world, name, training__zero=f"zero{stage}", **options)
+    two_ranks(
+        f"""
+        from medvlm.config.load import load_recipe
+        from medvlm.training import checkpoint, distributed, setup, step
+
+        distributed.start()
+        session = setup.start(load_recipe({str(recipe)!r}))
+        loader = step.batches_from(session, 0, 1)
+        batches = [next(loader) for _ in range(session.accumulation)]
+        step.update(session, 0, batches, step.exchange_counts(batches, False, False), [])
+        checkpoint.save(session.engine, session.run, 1, session.manifest, 1)
+        session.engine.save_checkpoint({str(tmp_path)!r}, tag="its")
+        """,
+        tmp_path,
+    )
+    its = get_fp32_state_dict_from_zero_checkpoint(str(tmp_path), tag="its")
+    ours = checkpoint.consolidate(checkpoint.newest(world / "runs" / name))
+    assert set(ours) == its.keys()
+    for key, value in ours.items():
+        assert torch.equal(value, its[key].float()), key
+
+
+def test_a_checkpoint_written_while_training_goes_on_holds_its_own_step(world, tmp_path):
+    """Rank 1 writes its file of step 1 when step 3 is done: none waits for it, and nothing later is in it."""
+    options = {"training__checkpoint_every": 1, "training__steps": 4, "training__keep_checkpoints": 4}
+    slow, quick = (make_recipe(world, name, **options) for name in ("slow", "quick"))
+    launch(quick, "training.stop_after=1")
+    output = two_ranks(
+        f"""
+        import json, threading
+        from medvlm.config.load import load_recipe
+        from medvlm.training import distributed, loop
+        from medvlm.training.checkpoint import saving
+
+        done, write, update = threading.Event(), saving.write_safetensors, loop.update
+
+        def late(path, entries, metadata):
+            if distributed.rank() == 1 and "step-00000001" in str(path):
+                assert done.wait(60), "training waits for the checkpoint"
+            return write(path, entries, metadata)
+
+        def counted(session, step, *rest):
+            values = update(session, step, *rest)
+            if step == 2:
+                done.set()
+            return values
+
+        saving.write_safetensors, loop.update = late, counted
+        distributed.start()
+        config = load_recipe({str(slow)!r}, ["training.checkpoint_every=100"])
+        save = saving.Saver.save
+
+        def only_once(self, step):
+            if step in (1, 4):
+                save(self, step)
+
+        saving.Saver.save = only_once
+        config.training.checkpoint_every = 1
+        print(json.dumps({{"status": loop.train(config)}}), flush=True)
+        """,
+        tmp_path,
+    )
+    assert [row["status"] for row in output] == [0, 0]
+    a, b = (checkpoint.consolidate(checkpoints(world / "runs" / name)[0]) for name in ("slow", "quick"))
+    assert a.path.name == b.path.name == "step-00000001"
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    for kind in ("exp_avg", "exp_avg_sq"):
+        for name, shape in a.shapes.items():
+            if name in a and kind in a.trained.stored.get(name, {}):
+                left, right = (w.trained.tensor(kind, name, 0, shape.numel()) for w in (a, b))
+                assert torch.equal(left, right)
