@@ -14,7 +14,8 @@ from medvlm.data.order import digest
 from medvlm.models.build import build_components, build_model
 from medvlm.models.trainable import apply_trainable
 from medvlm.training import checkpoint, feed
-from medvlm.training.optimizer import learning_rate_factor, parameter_groups
+from medvlm.training.optimizer import parameter_groups
+from medvlm.training.schedule import learning_rate_factor
 
 STEPS = 20
 
@@ -33,8 +34,17 @@ def initialised(config, parts) -> torch.nn.Module:
     return model
 
 
-def plain_pytorch(recipe: Path, build=initialised) -> list[dict]:
-    """The same run without DeepSpeed, ranks, micro-batches or the loop: one padded batch and one backward a step."""
+def clip_by_global_norm(model: torch.nn.Module) -> float:
+    return float(torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.grad is not None], 1.0))
+
+
+def plain_pytorch(
+    recipe: Path, build=initialised, optimizer=torch.optim.AdamW, clip=clip_by_global_norm, rates=None, after=None
+) -> list[dict]:
+    """The same run without DeepSpeed, ranks, micro-batches or the loop: one padded batch and one backward a step.
+
+    ``rates``: learning rates of the groups by step; ``after`` sees the model after each update.
+    """
     config = load_recipe(str(recipe))
     parts = build_components(config.model)
     model = build(config, parts)
@@ -45,18 +55,21 @@ def plain_pytorch(recipe: Path, build=initialised) -> list[dict]:
     data.collate_options = (*data.collate_options[:2], False)  # padded, whatever the recipe says
     groups = parameter_groups(model, config)
     peaks = [g["lr"] for g in groups]
-    optimizer = torch.optim.AdamW(groups)
+    updates = optimizer(groups)
     rows = []
     for step, packs in enumerate(plan.global_batches(0, config.training.steps)):
         batch = data[[draw for pack in packs for draw in pack]]
-        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-            group["lr"] = peak * learning_rate_factor(step, config.training.steps, 0.03, 0.0)
+        now = [peak * learning_rate_factor(step, config.training.steps, 1) for peak in peaks]
+        for group, rate in zip(updates.param_groups, rates(step) if rates else now, strict=True):
+            group["lr"] = rate
         loss = model(**batch.inputs(torch.device("cpu"))) / batch.supervised_tokens
-        optimizer.zero_grad(set_to_none=False)
+        updates.zero_grad(set_to_none=False)
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.grad is not None], 1.0)
-        optimizer.step()
-        rows.append({"loss": float(loss), "grad_norm": float(norm), "batch_digest": digest(batch.keys)})
+        norm = clip(model)
+        updates.step()
+        if after:
+            after(model)
+        rows.append({"loss": float(loss), "grad_norm": norm, "batch_digest": digest(batch.keys)})
     return rows
 
 

@@ -18,6 +18,12 @@ class Part(Section):
 
     train: Trainable = "full"
     learning_rate: float = Field(default=1e-3, gt=0)
+    weight_decay: float | None = Field(default=None, ge=0)
+    """By default `training.weight_decay`."""
+    warmup_steps: int | None = Field(default=None, ge=0)
+    """By default the warm-up of `training`."""
+    gradient_clipping: float | None = Field(default=None, gt=0)
+    """Of the part's own norm, before the global norm is clipped."""
 
 
 class Lora(Section):
@@ -39,6 +45,8 @@ class Backbone(Part):
     path: str | None = None
     config: dict[str, Any] | None = None
     gradient_checkpointing: bool = False
+    layer_decay: float = Field(default=1.0, gt=0, le=1)
+    """Each layer's learning rate, relative to that of the layer above it."""
     lora: Lora = Lora()
 
     @field_validator("path")
@@ -208,6 +216,16 @@ class Data(Section):
         return self
 
 
+class Optimizer(Section):
+    name: Literal["adamw", "adamw_8bit", "lion", "muon"] = "adamw"
+    betas: tuple[float, float] | None = None
+    """By default 0.9, 0.999, for Lion 0.9, 0.99."""
+    muon_learning_rate: float = Field(default=0.02, gt=0)
+    """The peak of the matrices that Muon updates; everything else follows AdamW and the learning rate of its part."""
+    momentum: float = Field(default=0.95, ge=0, lt=1)
+    """Muon's."""
+
+
 class Training(Section):
     zero: str = "zero3"
     """A file of ``ds_configs/`` by name, or a path."""
@@ -216,11 +234,18 @@ class Training(Section):
     micro_batch_size: int = Field(default=8, gt=0)
     epochs: float | None = Field(default=None, gt=0)
     steps: int | None = Field(default=None, gt=0)
+    schedule: Literal["cosine", "linear", "constant", "warmup_stable_decay"] = "cosine"
     warmup_ratio: float = Field(default=0.03, ge=0, le=1)
+    warmup_steps: int | None = Field(default=None, ge=0)
+    """Instead of `warmup_ratio`."""
+    decay_ratio: float = Field(default=0.2, ge=0, le=1)
+    """Share of the steps that `warmup_stable_decay` ends with."""
     min_learning_rate_ratio: float = Field(default=0.0, ge=0, le=1)
+    optimizer: Optimizer = Optimizer()
     weight_decay: float = Field(default=0.0, ge=0)
-    betas: tuple[float, float] = (0.9, 0.999)
-    gradient_clipping: float = Field(default=1.0, gt=0)
+    gradient_clipping: float | None = Field(default=1.0, gt=0)
+    ema_decay: float | None = Field(default=None, gt=0, lt=1)
+    """Keep a moving average of the weights, for `medvlm export --ema`."""
     checkpoint_every: int = Field(default=500, gt=0)
     keep_checkpoints: int = Field(default=2, gt=0)
     """The newest ones; older ones are removed."""

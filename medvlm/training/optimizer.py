@@ -1,47 +1,150 @@
-"""AdamW with a learning rate per part, and the cosine schedule as a pure function of the step."""
+"""Which parameters are updated how: groups by part, kind and depth, and the optimizer for them."""
 
-import math
+import re
 from typing import Any
 
 import torch
+from torch import nn
 
-from medvlm.config.schema import RunConfig
+from medvlm.config.schema import Backbone, RunConfig
 from medvlm.errors import UserError
 from medvlm.models.trainable import part_config
 from medvlm.models.vision_language_model import PARTS, VisionLanguageModel
+from medvlm.training.adamw_8bit import AdamW8bit
+from medvlm.training.ema import keep_average
+from medvlm.training.lion import Lion
+from medvlm.training.schedule import Rate, warmup_steps
 
-
-def learning_rate_factor(step: int, total: int, warmup_ratio: float, minimum: float) -> float:
-    """Of the peak, for the update number ``step`` (from 0): linear warm-up, then cosine down to ``minimum``."""
-    warmup = math.ceil(total * warmup_ratio)
-    if step < warmup:
-        return (step + 1) / warmup
-    progress = (step - warmup) / max(1, total - warmup)
-    return minimum + (1 - minimum) * 0.5 * (1 + math.cos(math.pi * progress))
+BLOCK = re.compile(r"(?:^|\.)(?:layers|layer|h|blocks)\.(\d+)\.")
 
 
 def parameter_groups(model: VisionLanguageModel, config: RunConfig) -> list[dict[str, Any]]:
-    """Trainable parameters by part, matrices apart from vectors (which are never decayed)."""
-    groups = []
+    """Trainable parameters by part and, with layer-wise decay, by depth; matrices apart from vectors (which are never
+    decayed); for Muon, the weights of hidden linear layers apart from other matrices.
+
+    A group's ``lr`` is its peak. ``muon`` says whether Muon updates it; its rate then is Muon's own.
+    """
+    groups: dict[tuple, dict[str, Any]] = {}
     taken: set[int] = set()
-    for name in PARTS:
-        chosen = [p for p in model.part_parameters(name).values() if p.requires_grad and id(p) not in taken]
-        taken.update(map(id, chosen))
-        peak = part_config(config.model, name).learning_rate
-        for decay in (True, False):
-            params = [p for p in chosen if (len(getattr(p, "ds_shape", p.shape)) >= 2) == decay]
-            if params:
-                wd = config.training.weight_decay if decay else 0.0
-                groups.append({"params": params, "lr": peak, "weight_decay": wd, "name": name})
+    optimizer = config.training.optimizer
+    for part in PARTS:
+        section, hidden = part_config(config.model, part), _hidden_matrices(getattr(model, part))
+        decay = config.training.weight_decay if section.weight_decay is None else section.weight_decay
+        for name, factor in layer_factors(model, config, part).items():
+            p = model.part_parameters(part)[name]
+            if not p.requires_grad or id(p) in taken:
+                continue
+            taken.add(id(p))
+            matrix = len(getattr(p, "ds_shape", p.shape)) >= 2
+            muon = optimizer.name == "muon" and id(p) in hidden
+            peak = optimizer.muon_learning_rate if muon else section.learning_rate
+            key = (part, factor, muon, matrix)
+            if key not in groups:
+                groups[key] = {
+                    "params": [],
+                    "lr": peak * factor,
+                    "weight_decay": decay if matrix else 0.0,
+                    "name": part,
+                    "matrix": matrix,
+                    "muon": muon,
+                }
+            groups[key]["params"].append(p)
     if not groups:
         raise UserError("model: every part is frozen; set `train: full` for at least one")
-    return groups
+    return list(groups.values())
 
 
-def make_optimizer(groups: list[dict[str, Any]], config: RunConfig, offload: bool) -> torch.optim.Optimizer:
-    betas = config.training.betas
+def layer_factors(model: VisionLanguageModel, config: RunConfig, part: str) -> dict[str, float]:
+    """By parameter of a part: layer_decay to the power of the layers above it (BEiT, Bao et al., arXiv 2106.08254).
+
+    What comes before the blocks (embeddings) counts as the layer below the first, what comes after as the one above
+    the last, by the order in which the model registers them.
+    """
+    names = list(model.part_parameters(part))
+    section = part_config(config.model, part)
+    decay = section.layer_decay if isinstance(section, Backbone) else 1.0
+    blocks = {name: int(found[1]) for name in names if (found := BLOCK.search(name))}
+    if decay == 1.0 or not blocks:
+        return dict.fromkeys(names, 1.0)
+    top = max(blocks.values()) + 2
+    first = names.index(next(iter(blocks)))
+    depths = {n: blocks[n] + 1 if n in blocks else (0 if names.index(n) < first else top) for n in names}
+    return {name: decay ** (top - depth) for name, depth in depths.items()}
+
+
+def rates(groups: list[dict[str, Any]], config: RunConfig, total: int) -> list[Rate]:
+    """Of the groups, in their order."""
+    found = []
+    for group in groups:
+        own = part_config(config.model, group["name"]).warmup_steps
+        found.append(Rate(group["name"], group["lr"], warmup_steps(config.training, total) if own is None else own))
+    return found
+
+
+def make_optimizer(
+    groups: list[dict[str, Any]], config: RunConfig, stage: int, offload: str = "none"
+) -> torch.optim.Optimizer:
+    """``offload``: none, cpu or nvme. Raises UserError for what DeepSpeed computes wrongly or not at all."""
+    if offload != "none":
+        _refuse_with_offload(config, offload)
+    optimizer = _new(groups, config, stage, offload != "none")
+    if decay := config.training.ema_decay:
+        keep_average(optimizer, decay)
+    return optimizer
+
+
+def _refuse_with_offload(config: RunConfig, device: str) -> None:
+    name = config.training.optimizer.name
+    if name != "adamw":
+        raise UserError(f"training.optimizer.name: {name} has no update for an offloaded optimizer; use adamw")
+    if config.training.ema_decay and device == "nvme":
+        raise UserError("training.ema_decay: NVMe offload knows Adam's states only; offload to cpu, or unset it")
+    if any(part_config(config.model, part).gradient_clipping for part in PARTS):
+        raise UserError("gradient_clipping of a part: an offloaded optimizer's gradients are gone; set it to null")
+
+
+def _new(groups: list[dict[str, Any]], config: RunConfig, stage: int, offload: bool) -> torch.optim.Optimizer:
+    chosen = config.training.optimizer
+    betas = chosen.betas or ((0.9, 0.99) if chosen.name == "lion" else (0.9, 0.999))
     if offload:
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
         return DeepSpeedCPUAdam(groups, betas=betas, adamw_mode=True)
+    if chosen.name == "lion":
+        return Lion(groups, betas=betas)
+    if chosen.name == "adamw_8bit":
+        return AdamW8bit(groups, betas=betas)
+    if chosen.name == "muon":
+        return _muon(groups, config, betas, stage)
     return torch.optim.AdamW(groups, betas=betas, fused=torch.cuda.is_available())
+
+
+def _muon(groups: list[dict[str, Any]], config: RunConfig, betas: tuple, stage: int) -> torch.optim.Optimizer:
+    """DeepSpeed's: its ZeRO stages gather each matrix, orthogonalise its momentum and keep the result as gradient."""
+    if stage > 0 and config.training.gradient_clipping is not None:
+        raise UserError(
+            "training.gradient_clipping: under ZeRO-1 to 3 DeepSpeed clips Muon's update, not the gradient, which "
+            "shortens every step; set it to null with muon"
+        )
+    if any(part_config(config.model, part).gradient_clipping is not None for part in PARTS):
+        raise UserError("gradient_clipping of a part: under ZeRO-1 and 2 it would come after Muon; set it to null")
+    if not any(group["muon"] for group in groups):
+        raise UserError("training.optimizer.name: muon updates weights of linear layers, and none of them trains")
+    from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
+
+    for group in groups:
+        group["use_muon"] = group["muon"]
+        for p in group["params"]:
+            p.use_muon = group["muon"]  # the ZeRO stages look there
+        if group["muon"]:
+            group["momentum"] = config.training.optimizer.momentum
+        else:
+            group |= {"betas": betas, "eps": 1e-8}
+    return MuonWithAuxAdam(groups)
+
+
+def _hidden_matrices(module: nn.Module) -> set[int]:
+    """Identities of the weights of linear layers but the output layer: what Muon is made for
+    (https://kellerjordan.github.io/posts/muon/). Embeddings and convolutions are not."""
+    head = getattr(module, "get_output_embeddings", lambda: None)()
+    return {id(m.weight) for m in module.modules() if isinstance(m, nn.Linear) and m is not head}

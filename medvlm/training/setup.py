@@ -20,8 +20,9 @@ from medvlm.models.trainable import PartSummary, apply_trainable
 from medvlm.training import checkpoint, distributed
 from medvlm.training.engine import lift_scalars
 from medvlm.training.feed import accumulation_steps, count_lengths, make_plan, needs_lengths, training_data
-from medvlm.training.optimizer import make_optimizer, parameter_groups
+from medvlm.training.optimizer import make_optimizer, parameter_groups, rates
 from medvlm.training.run_lock import lock_run
+from medvlm.training.schedule import Rate
 
 
 @dataclass
@@ -35,8 +36,10 @@ class Session:
     engine: Any
     optimizer: Any
     summaries: list[PartSummary]
-    group_names: list[str]
-    peaks: list[float]
+    rates: list[Rate]
+    owners: dict[int, str]
+    """By the identity of a trainable parameter: its part."""
+    offload: bool
     manifest: dict[str, Any]
     accumulation: int
     total: int
@@ -81,10 +84,12 @@ def start(config: RunConfig) -> Session:
     lift_scalars(model)
     summaries = apply_trainable(model, config.model, parts.unused_vision_parameters)
     groups = parameter_groups(model, config)
-    peaks, names = [g["lr"] for g in groups], [g["name"] for g in groups]
-    offload = "offload_optimizer" in ds_config["zero_optimization"]
+    stage = ds_config["zero_optimization"]["stage"]
+    owners = {id(p): group["name"] for group in groups for p in group["params"]}
+    total = total_steps(config, plan)
+    group_rates = rates(groups, config, total)
     engine, optimizer, *_ = distributed.deepspeed.initialize(
-        model=model, optimizer=make_optimizer(groups, config, offload), config=ds_config
+        model=model, optimizer=make_optimizer(groups, config, stage, offload_device(ds_config)), config=ds_config
     )
     manifest = {
         **checkpoint.identity(engine, config.model, parts.vocabulary_grown),
@@ -100,13 +105,19 @@ def start(config: RunConfig) -> Session:
         engine=engine,
         optimizer=optimizer,
         summaries=summaries,
-        group_names=names,
-        peaks=peaks,
+        rates=group_rates,
+        owners=owners,
+        offload=offload_device(ds_config) != "none",
         manifest=manifest,
         accumulation=ds_config["gradient_accumulation_steps"],
-        total=total_steps(config, plan),
+        total=total,
         step=checkpoint.resume(engine, found, manifest) if found else 0,
     )
+
+
+def offload_device(ds_config: dict[str, Any]) -> str:
+    """Where the optimizer's states are: none, cpu or nvme."""
+    return ds_config["zero_optimization"].get("offload_optimizer", {}).get("device", "none")
 
 
 def precision(config: RunConfig) -> torch.dtype:
@@ -128,12 +139,14 @@ def deepspeed_config(config: RunConfig, world: int) -> dict[str, Any]:
         raise UserError(f"{path}: has no zero_optimization.stage")
     if values["zero_optimization"]["stage"] == 0 and precision(config) == torch.bfloat16:
         raise UserError("training.zero: stage 0 in bf16 updates differently from stages 1 to 3; use zero1")
+    if training.optimizer.name == "muon":
+        values["zero_optimization"]["reduce_scatter"] = False  # ZeRO-3's Muon wants whole gradients reduced
     return {
         **values,
         "train_batch_size": training.global_batch_size,
         "train_micro_batch_size_per_gpu": training.micro_batch_size,
         "gradient_accumulation_steps": accumulation_steps(config, world),
-        "gradient_clipping": training.gradient_clipping,
+        "gradient_clipping": training.gradient_clipping or 0.0,
         "bf16": {"enabled": precision(config) == torch.bfloat16},
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,

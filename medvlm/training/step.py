@@ -13,9 +13,11 @@ from medvlm.data.loader import Batch, load_batches
 from medvlm.data.order import digest
 from medvlm.data.plan import Draw
 from medvlm.errors import UserError
+from medvlm.models.trainable import part_config
 from medvlm.training import distributed
+from medvlm.training.gradients import clip_parts, part_norms
 from medvlm.training.meters import peak_memory_gib
-from medvlm.training.optimizer import learning_rate_factor
+from medvlm.training.schedule import by_part, learning_rates
 from medvlm.training.setup import Session
 
 
@@ -91,9 +93,9 @@ def update(
     """Train on the step's batches; returns loss, gradient norm and learning rates. A NaN loss raises UserError."""
     engine, world, training = session.engine, distributed.world_size(), session.config.training
     device = distributed.device()
-    factor = learning_rate_factor(step, session.total, training.warmup_ratio, training.min_learning_rate_ratio)
-    for group, peak in zip(session.optimizer.param_groups, session.peaks, strict=True):
-        group["lr"] = peak * factor
+    rates = learning_rates(step, session.total, session.rates, training)
+    for group, rate in zip(session.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
     torch.manual_seed((session.config.run.seed * 1_000_003 + step) * 65_537 + distributed.rank())
     loss_sum = torch.zeros((), dtype=torch.float64, device=device)
     for n, batch in enumerate(batches):
@@ -108,13 +110,27 @@ def update(
     if not math.isfinite(mean_loss):
         some = ", ".join(keys[:8])
         raise UserError(f"step {step + 1}: the loss is {mean_loss}; no update was made; the batch is {some} ...")
+    parts = clip_by_part(session)
     grad_norm = _plain_grad_norm(engine) if session.stage == 0 else None
     engine.step()
     return {
         "loss": mean_loss,
         "grad_norm": float(engine.get_global_grad_norm()) if grad_norm is None else grad_norm,
-        "lr": {name: peak * factor for name, peak in zip(session.group_names, session.peaks, strict=True)},
+        **({"grad_norms": parts} if parts else {}),
+        "lr": by_part(session.rates, rates),
     }
+
+
+def clip_by_part(session: Session) -> dict[str, float]:
+    """The norm of each part's gradient as it came; clips those parts that have a limit. Empty with offload."""
+    if session.offload:
+        return {}
+    norms = part_norms(session.engine, session.owners)
+    sections = {part: part_config(session.config.model, part) for part in norms}
+    limits = {part: limit for part, section in sections.items() if (limit := section.gradient_clipping)}
+    if limits:
+        clip_parts(session.engine, session.owners, norms, limits)
+    return norms
 
 
 def record(
