@@ -84,6 +84,7 @@ def export(
     run: Annotated[Path, typer.Argument(help="The folder of a run.")],
     out: Annotated[Path, typer.Option(help="The Hugging Face folder to write.")],
     checkpoint: Annotated[str | None, typer.Option(help="For example step-00000100; the newest by default.")] = None,
+    ema: Annotated[bool, typer.Option(help="The moving average of the weights, see training.ema_decay.")] = False,
     adapter: Annotated[bool, typer.Option(help="Of a LoRA run: write the PEFT adapter instead of merging it.")] = False,
     base: Annotated[Path | None, typer.Option(help="The folder that the adapter sits on; OUT/base by default.")] = None,
     as_json: Json = False,
@@ -92,13 +93,13 @@ def export(
     if adapter:
         from medvlm.export.adapter import export_adapter
 
-        result = export_adapter(run, out, base, checkpoint)
+        result = export_adapter(run, out, base, checkpoint, ema)
     else:
         from medvlm.export.llava import export_run
 
         if base:
             raise UserError("--base: is the folder that an adapter sits on; add --adapter")
-        result = export_run(run, out, checkpoint)
+        result = export_run(run, out, checkpoint, ema)
     print(json.dumps(result) if as_json else "\n".join(f"{key}: {value}" for key, value in result.items()))
 
 

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import launch
+from conftest import launch, medvlm
+from safetensors.torch import load_file
 from test_training import assert_same_run, metrics, plain_pytorch
 from toy import make_recipe
 
@@ -14,6 +15,7 @@ from medvlm.config.load import load_recipe
 from medvlm.config.schema import RunConfig
 from medvlm.models.build import build_components, build_model
 from medvlm.models.trainable import apply_trainable
+from medvlm.training import checkpoint
 from medvlm.training.adamw_8bit import BLOCK, AdamW8bit, dequantize, dynamic_map, quantize
 from medvlm.training.lion import Lion
 from medvlm.training.optimizer import parameter_groups, rates
@@ -282,4 +284,40 @@ def test_parts_with_settings_of_their_own_equal_plain_pytorch(world, stage):
     assert_same_run(rows, expected)
     for row, plain in zip(rows, norms, strict=True):
         assert row["grad_norms"] == pytest.approx(plain, rel=1e-4)
+    held = checkpoint.consolidate(checkpoint.newest(world / "runs" / f"parts{stage}"), ema=True)
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            torch.testing.assert_close(held[name], average[name], rtol=0, atol=1e-4)
     assert any(n["vision_tower"] > 0.1 for n in norms) and any(n["multi_modal_projector"] > 0.05 for n in norms)
+
+
+def test_the_average_survives_an_interruption_and_another_number_of_ranks(world, tmp_path):
+    options = {
+        "training__ema_decay": 0.8,
+        "model__language_model__train": "lora",
+        "model__language_model__lora": {"dropout": 0.0},  # it is drawn anew on each rank
+    }
+    path = recipe(world, "average", **options)
+    launch(path)
+    broken = recipe(world, "average-broken", **options)
+    launch(broken, "training.stop_after=3")
+    launch(broken, "training.zero=zero2", "training.micro_batch_size=4", ranks=1)
+    whole, resumed = (
+        checkpoint.consolidate(checkpoint.newest(world / "runs" / name), ema=True)
+        for name in ("average", "average-broken")
+    )
+    weights = checkpoint.consolidate(whole.path)
+    moved = "multi_modal_projector.linear_1.weight"
+    for name in whole:
+        torch.testing.assert_close(whole[name], resumed[name], rtol=0, atol=1e-4)
+        trains = "lora_" in name or name.startswith(("vision_tower", "multi_modal"))
+        assert trains or torch.equal(whole[name], weights[name])
+    assert not torch.equal(
+        whole["multi_modal_projector.linear_1.weight"], weights["multi_modal_projector.linear_1.weight"]
+    )
+    output = medvlm("export", world / "runs" / "average", "--out", tmp_path / "hf", "--ema")
+    assert "max_abs_logit_diff" in output
+    assert torch.equal(load_file(tmp_path / "hf" / "model.safetensors")[moved], whole[moved])
+    assert "no moving average" in medvlm(
+        "export", world / "runs" / "init", "--out", tmp_path / "none", "--ema", status=2
+    )

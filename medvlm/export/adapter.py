@@ -24,7 +24,9 @@ PREFIX = "base_model.model."  # peft's name for the model that it wraps
 LAYER_MARK = ".lora_A."
 
 
-def export_adapter(run: Path, out: Path, base: Path | None = None, tag: str | None = None) -> dict[str, Any]:
+def export_adapter(
+    run: Path, out: Path, base: Path | None = None, tag: str | None = None, ema: bool = False
+) -> dict[str, Any]:
     """Write adapters and trained parts of a run to ``out``; returns what was proven.
 
     ``base``: the stock folder with the frozen weights, such as the export of the run that this one began from; by
@@ -37,7 +39,7 @@ def export_adapter(run: Path, out: Path, base: Path | None = None, tag: str | No
     parts = build_components(config.model)
     model = build_model(config.model, parts, torch.float32, seed=config.run.seed)
     lora.add_adapters(model, config.model, parts.unused_vision_parameters, config.run.seed)
-    state = checkpoint.consolidate(source)
+    state = checkpoint.consolidate(source, ema=ema)
     checkpoint.load_weights(model, state, str(source))
 
     staging = out.with_name(out.name + ".partial")

@@ -35,8 +35,8 @@ TOLERANCE = 1e-5
 QUESTION = "Is there a pleural effusion?"
 
 
-def export_run(run: Path, out: Path, tag: str | None = None) -> dict[str, Any]:
-    """Export a run's checkpoint (the newest, or ``tag``) to ``out``; returns what was proven.
+def export_run(run: Path, out: Path, tag: str | None = None, ema: bool = False) -> dict[str, Any]:
+    """Export a run's checkpoint (the newest, or ``tag``), or its moving average, to ``out``; returns what was proven.
 
     Raises UserError if the fresh process's logits differ by more than 1e-5 in fp32; ``out`` is then not written.
     """
@@ -44,7 +44,7 @@ def export_run(run: Path, out: Path, tag: str | None = None) -> dict[str, Any]:
     parts = build_components(config.model)
     model = build_model(config.model, parts, torch.float32, seed=config.run.seed)
     add_adapters(model, config.model, parts.unused_vision_parameters, config.run.seed)
-    checkpoint.load_weights(model, checkpoint.consolidate(source), str(source))
+    checkpoint.load_weights(model, checkpoint.consolidate(source, ema=ema), str(source))
     model.eval()
 
     staging = out.with_name(out.name + ".partial")

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-STATE = "ema"
+from medvlm.training.checkpoint.pieces import EMA
 
 
 def keep_average(optimizer: torch.optim.Optimizer, decay: float) -> None:
@@ -20,9 +20,9 @@ def keep_average(optimizer: torch.optim.Optimizer, decay: float) -> None:
         for group in optimizer.param_groups:
             for p in group["params"]:
                 state = optimizer.state[p]
-                if STATE in state:
-                    state[STATE].lerp_(p, 1 - decay)
+                if EMA in state:
+                    state[EMA].lerp_(p, 1 - decay)
                 else:
-                    state[STATE] = p.detach().float().clone()
+                    state[EMA] = p.detach().float().clone()
 
     optimizer.register_step_post_hook(average)

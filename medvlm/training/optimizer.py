@@ -87,6 +87,8 @@ def make_optimizer(
     """``offload``: none, cpu or nvme. Raises UserError for what DeepSpeed computes wrongly or not at all."""
     if offload != "none":
         _refuse_with_offload(config, offload)
+    if config.training.ema_decay and config.training.optimizer.name == "adamw_8bit":
+        raise UserError("training.ema_decay: an average in fp32 undoes what adamw_8bit saves; use one of them")
     optimizer = _new(groups, config, stage, offload != "none")
     if decay := config.training.ema_decay:
         keep_average(optimizer, decay)

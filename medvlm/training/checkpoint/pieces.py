@@ -13,6 +13,7 @@ from medvlm.errors import UserError
 from medvlm.training.checkpoint.files import SafetensorsFile
 from medvlm.training.checkpoint.folder import frozen_folder, read_manifest
 
+EMA = "ema"  # what `medvlm.training.ema` adds to the optimizer's states
 VALUE = "param"  # the kind of a parameter's own values; other kinds are names of optimizer states
 
 
@@ -116,10 +117,10 @@ class Pieces:
 
 class Weights(Mapping[str, Tensor]):
     """Name -> whole fp32 weight of a checkpoint, read when asked for. ``absent`` are those that a pretrained folder
-    gives: they stayed frozen, and are not stored."""
+    gives: they stayed frozen, and are not stored. ``kind``: an optimizer state to read instead of trained weights."""
 
-    def __init__(self, path: Path):
-        self.path, record = path, read_manifest(path)
+    def __init__(self, path: Path, kind: str = VALUE):
+        self.path, self.kind, record = path, kind, read_manifest(path)
         self.config: dict[str, Any] = record["config"]
         self.shapes = {name: torch.Size(values["shape"]) for name, values in record["parameters"].items()}
         self.absent = {name for name, values in record["parameters"].items() if values["stored"] == "origin"}
@@ -132,9 +133,12 @@ class Weights(Mapping[str, Tensor]):
         """Elements ``start`` to ``stop`` of a flat weight, in the type they are stored in."""
         if name in self.absent or name not in self.shapes:
             raise KeyError(name)
-        pieces = self.frozen if self._at[name] == "frozen" else self.trained
-        assert pieces is not None
-        return pieces.tensor(VALUE, name, start, stop)
+        if self._at[name] == "frozen":
+            assert self.frozen is not None
+            return self.frozen.tensor(VALUE, name, start, stop)
+        if self.kind not in self.trained.kinds(name):
+            raise UserError(f"{self.path}: holds no {self.kind} of {name}")
+        return self.trained.tensor(self.kind, name, start, stop)
 
     def added(self, name: str, start: int, stop: int) -> Tensor | None:
         """What is to be added to such elements of a weight that is absent: nothing, see `StockWeights`."""
@@ -152,6 +156,11 @@ class Weights(Mapping[str, Tensor]):
         return len(self.shapes) - len(self.absent)
 
 
-def consolidate(path: Path) -> Weights:
-    """Full fp32 weights of a checkpoint, whatever ZeRO stage and number of ranks wrote it, frozen parts included."""
-    return Weights(path)
+def consolidate(path: Path, *, ema: bool = False) -> Weights:
+    """Full fp32 weights of a checkpoint, whatever ZeRO stage and number of ranks wrote it, frozen parts included.
+
+    ``ema``: their moving average. Raises UserError where the run kept none.
+    """
+    if ema and read_manifest(path)["config"]["training"].get("ema_decay") is None:
+        raise UserError(f"{path}: holds no moving average; set training.ema_decay for a run that should keep one")
+    return Weights(path, EMA if ema else VALUE)
