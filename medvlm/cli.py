@@ -159,8 +159,9 @@ def main() -> None:
         from data_prep.cli import register
 
         register(prepare_app)
+    first = os.environ.get("RANK", "0") == "0"
     try:
-        app()
+        sys.exit(app(standalone_mode=first))  # on other ranks, what ends a command is raised or returned
     except UserError as error:
         message: str | None = str(error)
         if several_ranks():
@@ -170,7 +171,9 @@ def main() -> None:
         if message:
             print(f"medvlm: error: {message}", file=sys.stderr)
         sys.exit(2)
-    except Exception:
+    except Exception as error:
+        if not first and hasattr(error, "exit_code"):  # a wrong command line: the first rank shows it
+            sys.exit(error.exit_code)
         if several_ranks():
             from medvlm.training import failures
 

@@ -26,6 +26,11 @@ def test_what_all_ranks_see_is_told_by_rank_0_alone(folder, override, words):
     assert "Traceback" not in output and "rank 1" not in output
 
 
+def test_a_wrong_command_line_is_told_by_rank_0_alone(folder):
+    output = launch(make_recipe(folder), "--tinny", fails=True)
+    assert output.count("No such option") == 1 and "Traceback" not in output
+
+
 SCRIPT = """
 import sys, torch
 from medvlm import cli
