@@ -1,7 +1,9 @@
 """The job scripts, submitted to a real Slurm of two nodes: they train, are interrupted, go on, and evaluate."""
 
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -11,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import REPO, launch
-from slurm import Cluster, slurm  # noqa: F401 - the fixture
+from slurm import Cluster, slurm, start  # noqa: F401 - the fixture
 from test_training import metrics, weights
 from toy import make_recipe, make_world
 
@@ -112,8 +114,8 @@ def test_an_exported_folder_is_evaluated(slurm: Cluster, site):  # noqa: F811
     assert json.loads((site / "results/model/results.json").read_text())["task"] == "vqa"
 
 
-def test_a_cancelled_job_stays_cancelled_and_a_signal_before_training_listens_requeues(slurm: Cluster, site):  # noqa: F811
-    """Programs that take a signal well, and not at all, stand for training."""
+def test_how_training_ends_says_whether_the_job_is_requeued(slurm: Cluster, site):  # noqa: F811
+    """Programs stand for training: one is cancelled, one gets a signal before it listens, one fails."""
     program = site / ".venv/bin/medvlm"
     program.write_text("#!/bin/bash\ntrap 'exit 85' TERM\necho ready\nsleep 60 & wait\n")
     job = Job(slurm, TRAIN, "recipe", options=("--nodes=2", *ONE_RANK))
@@ -127,8 +129,34 @@ def test_a_cancelled_job_stays_cancelled_and_a_signal_before_training_listens_re
     job.wait(lambda: job.log.count("ready") == 2)
     slurm.call("scancel", "--batch", "--signal=USR1", job.number)
     job.wait_until_requeued()
-    assert "interrupted (status 138): requeue" in job.log
+    assert "interrupted with status 138, the signal came before training listened: requeue" in job.log
     slurm.call("scancel", job.number)
+
+    program.write_text("#!/bin/bash\nexit $((RANK * 3))\n")
+    job = Job(slurm, TRAIN, "recipe", options=("--nodes=2", *ONE_RANK))
+    job.ends_as("FAILED")
+    assert "requeue" not in job.log and "ended with status 3" in job.log
+
+
+def test_a_node_that_falls_silent_is_no_failure_of_the_run(site, monkeypatch):
+    """The other rank meets it as an error, long before Slurm declares the node down."""
+    monkeypatch.setenv("SLURM_WAIT", "1")
+    rank0 = "until [[ -e silent ]]; do sleep 0.1; done; exit 1"
+    program = f"#!/bin/bash\nif ((RANK == 0)); then {rank0}; fi\necho $$ $PPID > ids\nexec sleep 100\n"
+    (site / ".venv/bin/medvlm").write_text(program)
+    with start() as cluster:  # of its own, to be hurt
+        job = Job(cluster, TRAIN, "recipe", options=("--nodes=2", *ONE_RANK))
+        job.wait(lambda: (site / "ids").exists() and len((site / "ids").read_text().split()) == 2)
+        node = [*map(int, (site / "ids").read_text().split()), int((cluster.folder / "slurmd.n2.pid").read_text())]
+        try:
+            for pid in node:
+                os.kill(pid, signal.SIGSTOP)
+            (site / "silent").touch()
+            job.wait(lambda: "a node does not answer: requeue" in job.log)
+        finally:
+            for pid in node:
+                os.kill(pid, signal.SIGCONT)
+        os.kill(node[0], signal.SIGKILL)
 
 
 PLAIN = {"PATH": "/bin:/usr/bin"}
