@@ -5,5 +5,5 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-.venv/bin/python}
 export PYTHONPATH=$PWD PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false
-"$python" -m pytest tests/test_gpu.py -q -rs || echo "the GPU tests failed: the figures below are of code that is wrong"
+"$python" -m pytest tests/test_gpu.py -q -rs || echo "THE GPU TESTS FAILED: the figures below are of code that is wrong"
 exec "$python" benchmarks/gpu.py "$@"

@@ -35,7 +35,9 @@ class Done:
 
 class Zygote:
     def __init__(self) -> None:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO)}
+        # a process that has asked CUDA for its devices cannot fork others that use them; NVML can be asked instead
+        fork = {"PYTORCH_NVML_BASED_CUDA_CHECK": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO)}
+        environment = {**os.environ, **fork}
         self.process = subprocess.Popen(
             [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )
