@@ -94,7 +94,8 @@ def test_real_images_get_the_processors_pixels(xrays, kind):
         assert np.array_equal(exact(data, name).expand(3, -1, -1), its), name
         if data[:2] != b"\xff\xd8":  # never reduced
             ours = fast(data, name).expand(3, -1, -1).numpy()
-            assert np.abs(ours - its).max() <= 2 and psnr(ours, its) > 65, name
+            # a padded image's sides are resized in another order, so that more values are rounded otherwise
+            assert np.abs(ours - its).max() <= 2 and psnr(ours, its) > (55 if kind == "pad" else 65), name
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -105,6 +106,19 @@ def test_odd_sizes_get_the_processors_pixels(kind, size, mode):
     image = Image.effect_noise(size, 80) if mode == "L" else Image.merge("RGB", [Image.effect_noise(size, 80)] * 3)
     ours = ImageTransform(processor, exact=True)(encode(image, "png"), "x").expand(3, -1, -1)
     assert np.array_equal(ours, reference(processor, image.convert("RGB")))
+
+
+@pytest.mark.parametrize("size", [(97, 61), (50, 133), (31, 20), (200, 199), (64, 65), (300, 9), (7, 150), (640, 480)])
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+def test_padding_added_after_the_resize_is_as_if_added_before(size, mode):
+    """Larger and smaller than the target, with padding from half a pixel of the result to nearly all of it."""
+    image = radiograph(*size) if mode == "L" else colour(*size)
+    for processor in (
+        processors(56)["pad"],
+        LlavaImageProcessor(size=square(60), resample=2, do_center_crop=False, do_pad=True),
+    ):
+        ours = ImageTransform(processor)(encode(image, "png"), "x").expand(3, -1, -1).numpy()
+        assert np.abs(ours - reference(processor, image.convert("RGB")).astype(int)).max() <= 2
 
 
 @pytest.mark.parametrize("resample", list(Image.Resampling))

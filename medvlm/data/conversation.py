@@ -110,8 +110,9 @@ class ConversationEncoder:
             return ids, labels
         out_ids: list[int] = []
         out_labels: list[int] = []
-        for token, label in zip(ids, labels, strict=True):
-            n = self.image_tokens if token == self.image_id else 1
-            out_ids += [token] * n
-            out_labels += [label] * n
-        return out_ids, out_labels
+        start = 0
+        for at in (n for n, token in enumerate(ids) if token == self.image_id):
+            out_ids += ids[start:at] + [self.image_id] * self.image_tokens
+            out_labels += labels[start:at] + [labels[at]] * self.image_tokens
+            start = at + 1
+        return out_ids + ids[start:], out_labels + labels[start:]

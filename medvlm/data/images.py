@@ -16,12 +16,11 @@ from PIL import Image as PILImage
 from PIL import UnidentifiedImageError
 
 from medvlm.data.pixels import plain_image
+from medvlm.data.resize import TORCH_FILTERS, Filter, pillow, resize, resize_padded
 from medvlm.errors import UserError
 
-Filter = PILImage.Resampling
 GAP = 2.25  # 2 falls to 51 dB where it is met exactly, as 512 for 256 of 2048 pixels
 WHOLE_PIXELS = (Filter.NEAREST, Filter.BOX)  # filters that take pixels as they are, and a reduced decode has others
-TORCH_FILTERS = {Filter.BILINEAR: "bilinear", Filter.BICUBIC: "bicubic"}  # the others are Pillow's
 COLORSPACES = {"Gray": "GRAY", "YCbCr": "RGB", "RGB": "RGB"}  # CMYK and YCCK are Pillow's
 MAX_PIXELS = 2 * (PILImage.MAX_IMAGE_PIXELS or 89_478_485)  # where Pillow suspects a decompression bomb
 
@@ -54,8 +53,7 @@ class ImageTransform:
     def __init__(self, processor: Any, exact: bool = False):
         _check(processor)
         self.resample, self.exact = Filter(int(processor.resample)), exact
-        pillow = exact and getattr(processor, "backend", "pil") == "pil"
-        self.interpolation = None if pillow else TORCH_FILTERS.get(self.resample)
+        self.pillow = (exact and getattr(processor, "backend", "pil") == "pil") or self.resample not in TORCH_FILTERS
         size = {k: v for k, v in dict(processor.size).items() if v is not None}
         self.shortest: int | None = size.get("shortest_edge")
         self.fixed = (size.get("width", 0), size.get("height", 0))
@@ -71,7 +69,7 @@ class ImageTransform:
         Raises UserError naming ``where`` if the data is damaged, is no image, or has more than 8 bits per value.
         """
         try:
-            image = self._jpeg(data) if data[:2] == b"\xff\xd8" else _other(data)
+            image = self.decode_jpeg(data) if data[:2] == b"\xff\xd8" else _other(data)
         except UnidentifiedImageError:
             what = "a DICOM file; prepare it" if data[128:132] == b"DICM" else "not a known image format"
             raise UserError(f"{where}: image cannot be decoded ({what})") from None
@@ -81,11 +79,11 @@ class ImageTransform:
         if self.fill is not None and image.size[0] != image.size[1]:
             resized = self._resize_padded(image, size, self.fill)
         else:
-            resized = self._resize(image.pixels, image.extent, size)
+            resized = self._resize(image.pixels, image.extent, size).transpose(2, 0, 1)
         if self.crop:
             left, top = (size[0] - self.crop[0]) // 2, (size[1] - self.crop[1]) // 2
             resized = resized[:, top : top + self.crop[1], left : left + self.crop[0]]
-        return resized.contiguous()
+        return torch.from_numpy(np.ascontiguousarray(resized))
 
     def _target(self, width: int, height: int) -> tuple[int, int]:
         """Width and height after the resize, before the crop."""
@@ -98,7 +96,8 @@ class ImageTransform:
             return self.shortest, int(self.shortest * height / width)
         return int(self.shortest * width / height), self.shortest
 
-    def _jpeg(self, data: bytes) -> Decoded:
+    def decode_jpeg(self, data: bytes) -> Decoded:
+        """At the smallest scale that serves the size wanted. Raises ValueError or OSError where it is damaged."""
         height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
         if colorspace not in COLORSPACES or _is_turned(data):
             return _other(data)
@@ -119,62 +118,43 @@ class ImageTransform:
         eighths = math.ceil(8 * GAP * max(target[0] / width, target[1] / height))
         return eighths if eighths < 7 else 8  # 7/8 takes longer than all
 
-    def _resize(self, pixels: np.ndarray, extent: tuple[float, float], size: tuple[int, int]) -> torch.Tensor:
-        """[h, w, C], of which ``extent`` (width, height) is image, to ``size``: uint8 [C, height, width]."""
-        if self.interpolation is None:
-            return _pillow(pixels, (0, 0, *extent), size, self.resample)
-        source = torch.from_numpy(np.require(pixels, requirements="W")).permute(2, 0, 1)[None]
-        options: dict[str, Any] = {"size": size[::-1]}
-        if extent != pixels.shape[1::-1]:  # raised by so little that the size is not rounded down
-            options = {"scale_factor": tuple(to / of * (1 + 1e-9) for to, of in zip(size, extent, strict=True))[::-1]}
-        return torch.nn.functional.interpolate(source, mode=self.interpolation, antialias=True, **options)[0]
+    def _resize(self, pixels: np.ndarray, extent: tuple[float, float], size: tuple[int, int]) -> np.ndarray:
+        if self.pillow:
+            return pillow(pixels, (0, 0, *extent), size, self.resample)
+        return resize(pixels, extent, size, self.resample)
 
-    def _resize_padded(self, image: Decoded, size: tuple[int, int], fill: tuple[int, ...]) -> torch.Tensor:
-        """As if the image had been padded in full size to a centred square, then resized; uint8 [C, height, width].
-
-        A grey image is resized as one channel; its padding is coloured afterwards, by each column's share of padding.
-        """
-        pixels, tinted = image.pixels, len(set(fill)) > 1 and image.pixels.shape[2] == 1
-        if tinted and self.exact:
-            pixels, tinted = np.repeat(pixels, 3, axis=2), False
-        upright = image.size[1] > image.size[0]
-        if image.eighths < 8:  # the long side needs no padding: less is left to do
-            height, width, _ = pixels.shape
-            extent, shape = (image.extent[0], height), (size[0], height)
-            if upright:
-                extent, shape = (width, image.extent[1]), (width, size[1])
-            pixels = self._resize(pixels, extent, shape).permute(1, 2, 0).numpy()
-        canvas, share, first = _pad(pixels, image, fill)
-        end = first + max(image.extent)
-        box = (first, 0, end, canvas.shape[0]) if upright else (0, first, canvas.shape[1], end)
-        resized = self._resize(canvas, box[2:], size) if first == 0 else _pillow(canvas, box, size, self.resample)
-        if not tinted:
-            return resized
-        line = _pillow(share[None, :, None], (first, 0, end, 1), (size[0] if upright else size[1], 1), self.resample)
-        tint = torch.tensor([value - fill[0] for value in fill])[:, None, None]
-        added = (tint * (line if upright else line.mT)).round().short()
-        return (resized.short() + added).clamp_(0, 255).byte()
+    def _resize_padded(self, image: Decoded, size: tuple[int, int], fill: tuple[int, ...]) -> np.ndarray:
+        """As if the image had been padded in full size to a centred square, then resized; [C, height, width]."""
+        start = (max(image.size) - min(image.size)) // 2 * image.eighths / 8
+        if not self.exact and not self.pillow:
+            padded = resize_padded(image.pixels, image.extent, start, size, fill, self.resample)
+            if padded is not None:
+                return padded
+        canvas, first = _pad(image, start, fill)
+        long = max(image.extent)
+        box = (first, 0, first + long, long) if image.size[1] > image.size[0] else (0, first, long, first + long)
+        resized = self._resize(canvas, box[2:], size) if first == 0 else pillow(canvas, box, size, self.resample)
+        return resized.transpose(2, 0, 1)
 
 
-def _pad(pixels: np.ndarray, image: Decoded, fill: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray, float]:
-    """The image amid a square's colour, on its short side; the share of colour in each column (row, if it is wide);
-    and where in the first the square begins: padding of full pixels need not be whole pixels of a reduced decode."""
-    upright = image.size[1] > image.size[0]
+def _pad(image: Decoded, start: float, fill: tuple[int, ...]) -> tuple[np.ndarray, float]:
+    """The image amid a square's colour, on its short side, and where in the first column (row, if the image is wide)
+    the square begins: ``start``, the padding of full pixels, need not be whole pixels of a reduced decode."""
+    upright, pixels = image.size[1] > image.size[0], image.pixels
+    if pixels.shape[2] < len(set(fill)):
+        pixels = np.repeat(pixels, 3, axis=2)
     content = pixels if upright else pixels.swapaxes(0, 1)  # a view, to be padded left and right
     rows, columns, channels = content.shape
     short, long = sorted(image.extent)
-    start = (max(image.size) - min(image.size)) // 2 * image.eighths / 8
     left = math.ceil(start)
-    share = np.ones(math.ceil(left - start + long), np.float32)
-    share[left : left + columns] = 0
-    share[left + columns - 1] = rest = columns - short  # the last column may be a part of one
     color = np.array(fill[:channels], np.uint8)
-    canvas = np.empty((rows, len(share), channels) if upright else (len(share), rows, channels), np.uint8)
+    whole = math.ceil(left - start + long)
+    canvas = np.empty((rows, whole, channels) if upright else (whole, rows, channels), np.uint8)
     view = canvas if upright else canvas.swapaxes(0, 1)
     view[:, :left], view[:, left + columns :], view[:, left : left + columns] = color, color, content
-    if rest:
+    if rest := columns - short:  # the last column may be a part of one
         view[:, left + columns - 1] = np.rint(content[:, -1] * (1 - rest) + color * rest)
-    return canvas, share, left - start
+    return canvas, left - start
 
 
 def _check(processor: Any) -> None:
@@ -217,12 +197,3 @@ def _other(data: bytes) -> Decoded:
         plain = plain_image(image)
     pixels = np.asarray(plain)
     return Decoded(pixels.reshape(*pixels.shape[:2], -1), plain.size)
-
-
-def _pillow(
-    pixels: np.ndarray, box: tuple[float, float, float, float], size: tuple[int, int], resample: PILImage.Resampling
-) -> torch.Tensor:
-    """Pillow's resize of the part ``box`` (left, top, right, bottom) of [h, w, C] to [C, height, width]."""
-    image = PILImage.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
-    resized = np.array(image.resize(size, resample, box=box))
-    return torch.from_numpy(resized.reshape(*resized.shape[:2], -1)).permute(2, 0, 1)

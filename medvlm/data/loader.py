@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from medvlm.data.augment import Augment
 from medvlm.data.conversation import IGNORE, ConversationEncoder
@@ -165,7 +165,7 @@ def stack(images: Sequence[torch.Tensor], image_size: int) -> torch.Tensor:
     if not images:
         return torch.zeros(0, 1, image_size, image_size, dtype=torch.uint8)
     channels = max(image.shape[0] for image in images)
-    return torch.stack([image.expand(channels, -1, -1) for image in images])
+    return default_collate([image.expand(channels, -1, -1) for image in images])  # in a worker, into shared memory
 
 
 class MicroBatches(Dataset):
