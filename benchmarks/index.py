@@ -20,7 +20,8 @@ import psutil
 import pyarrow as pa
 from reading import BATCH, Loaded, in_a_fresh_process, loader_of, samples, table
 
-from medvlm.data.index import Tar, read_index, write_merged
+from medvlm.data.index import MERGED, Tar, read_index
+from medvlm.data.merged import Merger
 from medvlm.data.shards import ShardReader, index_path, write_shards
 
 
@@ -32,22 +33,24 @@ def drop_from_memory(*paths: Path) -> None:
         os.close(descriptor)
 
 
-def make_large_index(folder: Path, rows: int) -> Path:
+def make_large_index(folder: Path, rows: int) -> list[tuple]:
     """One real tar of 1000 samples under many names, with an index in which every sample has a key of its own."""
     tar = write_shards(samples(1000, 0), folder / "one", "x")[0]
     part, (described,) = read_index(index_path(tar), "")
-    shards = rows // described.samples
     (folder / "many").mkdir()
-    for n in range(shards):
+    merger, spent, before = Merger(folder / "many"), 0.0, uss()
+    for n in range(rows // described.samples):
         os.link(tar, folder / "many" / f"x-{n:06d}.tar")
-    numbers = np.repeat(np.arange(shards, dtype=np.int32), described.samples)
-    keys = pa.chunked_array([[f"study{n * 1000 + i:08d}-train" for i in range(1000)] for n in range(shards)])
-    table = pa.concat_tables([part.replace_schema_metadata(None)] * shards)
-    for name in ("key", "group"):
-        table = table.set_column(table.schema.get_field_index(name), name, keys.cast(pa.large_string()))
-    tars = [Tar(f"x-{n:06d}.tar", described.size, described.samples, described.digest) for n in range(shards)]
-    write_merged(table.append_column("shard", pa.array(numbers)), tars, folder / "many")
-    return folder / "many"
+        keys, table = pa.array([f"study{n * 1000 + i:08d}-train" for i in range(1000)], pa.large_string()), part
+        for name in ("key", "group"):
+            table = table.set_column(table.schema.get_field_index(name), name, keys)
+        start = time.process_time()
+        merger.add(table, [Tar(f"x-{n:06d}.tar", described.size, described.samples, described.digest)])
+        spent += time.process_time() - start
+    start = time.process_time()
+    merger.write(folder / "many" / MERGED)
+    spent += time.process_time() - start
+    return [("merge", f"{spent:.1f} CPU-s"), ("memory of the process that merges", f"+{uss() - before:.0f} MiB")]
 
 
 def uss(process: psutil.Process | None = None) -> float:
@@ -93,12 +96,14 @@ def open_large_index(folder: Path) -> list[tuple]:
 
 
 def bench_index(folder: Path, rows: int) -> None:
-    large = make_large_index(folder, rows)
+    merged = in_a_fresh_process(make_large_index, folder, rows)
+    large = folder / "many"
     size = (large / "index.arrow").stat().st_size / 2**20
     drop_from_memory(large / "index.arrow")
     cold = in_a_fresh_process(open_large_index, large)
     warm = in_a_fresh_process(open_large_index, large)
     print(f"### An index of {rows / 1e6:g} M samples in {rows // 1000} tars, {size:.0f} MiB\n")
+    table(("", ""), *merged)
     table(("", "first", "again"), *((what, a, b) for (what, a), (_, b) in zip(cold, warm, strict=True)))
 
 

@@ -1,14 +1,20 @@
-"""The report of a data set and its list of bad entries, from the plan and the markers of its shards."""
+"""What is made when every shard exists: the report, the list of bad entries, and an index of each split."""
 
 import json
+import os
+import shutil
+import socket
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from data_prep.output import Output, remove_dead
 from data_prep.planning import SPLITS, UNKNOWN, Plan
+from medvlm.data.shards import MERGED, Merger, index_path, read_index
 
 Markers = dict[str, dict[str, Any]]
 
@@ -77,3 +83,19 @@ def quarantine_lines(plan: Plan, folder: Path, markers: Markers) -> Iterator[byt
         for row in markers[shard.name]["quarantined"]:
             line = {"split": shard.split, **{name: row[name] for name in ("key", "what", "reason")}}
             yield (json.dumps(line, ensure_ascii=False) + "\n").encode()
+
+
+def merge_indexes(output: Output, shards: Iterable[str], temporary: Path) -> None:
+    """``index.arrow`` of each split, from the indexes of its ``shards``; the tars are not read again."""
+    remove_dead(temporary, "merge")
+    folder = temporary / f"merge.{socket.gethostname()}.{os.getpid()}"
+    folder.mkdir(parents=True)
+    try:
+        for split, names in groupby(shards, lambda name: name.partition("/")[0]):
+            merger = Merger(folder)
+            for name, data in output.read_each(str(index_path(shard)) for shard in names):
+                merger.add(*read_index(data, f"{output.url}/{name}"))
+            merger.write(folder / MERGED)
+            output.publish(folder / MERGED, f"{split}/{MERGED}")
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

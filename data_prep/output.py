@@ -6,6 +6,7 @@ import shutil
 import socket
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,17 @@ class Output:
             except ValueError:
                 raise UserError(f"{self.url}/{name}: not valid JSON; delete it and start again") from None
         return result
+
+    def read_each(self, names: Iterable[str]) -> Iterator[tuple[str, bytes]]:
+        """Name and content of files, in order, a few at a time; a remote store is asked concurrently."""
+        rest = iter(names)
+        while block := list(islice(rest, 64)):
+            found = self.fs.cat([self.path(name) for name in block], on_error="return")
+            for name in block:
+                data = found[self.path(name)]
+                if isinstance(data, Exception):
+                    raise UserError(f"{self.url}/{name}: cannot be read ({type(data).__name__}: {data})")
+                yield name, data
 
     def write(self, name: str, data: bytes) -> None:
         """Write a small file."""

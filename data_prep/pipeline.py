@@ -1,7 +1,7 @@
 """An archive into shards: plan, one task per shard on all cores or a cluster, merge.
 
     out/<split>/NAME-000000.tar, .arrow (its index) and .tar.json (its marker, written last)
-    out/dataset.json, out/quarantine.jsonl     written when every shard exists
+    out/<split>/index.arrow, out/quarantine.jsonl, out/dataset.json     written when every shard exists
     out/.plan.json, out/.work/                 while it is being made
 
 Every shard is a pure function of its items, so parts, workers and restarts do not change a byte.
@@ -24,12 +24,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from data_prep.executors import run_array, slurm_parameters
 from data_prep.items import Converter
-from data_prep.merging import quarantine_lines, short_reason, summary
+from data_prep.merging import merge_indexes, quarantine_lines, short_reason, summary
 from data_prep.output import TEMPORARY, Output
 from data_prep.pixels import PixelOptions
 from data_prep.planning import SPLITS, Plan, Shard, check_fingerprint, make_plan, read_plan, tables_digest
 from data_prep.shard_task import ShardTask, make_shards, marker_name, sha256
-from medvlm.data.shards import index_path
+from medvlm.data.shards import MERGED, index_path
 from medvlm.errors import UserError
 
 DATASET, QUARANTINE, STATE = "dataset.json", "quarantine.jsonl", ".plan.json"
@@ -159,6 +159,7 @@ class _Job:
                 return None
             if shard["quarantined"] and self.options.retry_quarantined:
                 return None
+        self._merge_indexes(report["shards"], sizes)
         self._clean_up()
         return {**report, "complete": True}
 
@@ -283,10 +284,17 @@ class _Job:
             return {**report, "shards_planned": len(plan.shards)}
         if not any(marker["samples"] for marker in markers.values()):
             raise UserError(f"{self.out}: every sample was quarantined: {_reasons(markers)}")
+        self._merge_indexes(report["shards"], {})
         self.output.write(QUARANTINE, b"".join(quarantine_lines(plan, self.work / "plan", markers)))
         self.output.write(DATASET, _json({k: v for k, v in report.items() if k != "complete"}))
         self._clean_up()
         return report
+
+    def _merge_indexes(self, shards: dict[str, dict[str, Any]], sizes: dict[str, int]) -> None:
+        """An index of each split that is not among the files ``sizes``."""
+        names = [name for name, shard in shards.items() if shard["samples"]]
+        missing = [name for name in names if f"{name.partition('/')[0]}/{MERGED}" not in sizes]
+        merge_indexes(self.output, missing, self.temporary)
 
     def _clean_up(self) -> None:
         """Remove the plan (it holds texts that were not masked) and what killed processes left."""

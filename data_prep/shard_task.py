@@ -92,7 +92,7 @@ def _make(task: ShardTask, folder: Path) -> dict[str, Any]:
         for old in (name, str(index_path(name))):
             output.remove(old)
     else:
-        tar = folder / "shard.tar"
+        tar = folder / Path(name).name  # the index tells its name
         write_shard(chain([first], samples), tar)
         files = {"bytes": tar.stat().st_size, "sha256": sha256(tar)}
         files["index_bytes"] = index_path(tar).stat().st_size

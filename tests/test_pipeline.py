@@ -24,7 +24,7 @@ from data_prep import cli, executors, pipeline, shard_task
 from data_prep.items import Dropped, Item, Source
 from data_prep.masking import drop_masked_turns
 from data_prep.pipeline import PipelineOptions
-from medvlm.data.shards import ShardReader
+from medvlm.data.shards import MERGED, ShardReader, merge_index
 from medvlm.errors import UserError
 
 
@@ -54,6 +54,10 @@ def test_shards_hold_what_the_table_says(archive, undisturbed, tmp_path):
     )
     assert (test["samples"], test["patients"], test["shards"]) == (12, 6, 2)
     assert train["dropped"] == {"row without an image": 1, "unreadable image": 1} and train["quarantined"] == 1
+    for split in ("train", "test"):  # merged from the shards' indexes as `medvlm shards index` merges them
+        index = tmp_path / "out" / split / MERGED
+        made = index.read_bytes()
+        assert merge_index(index.parent) == index and index.read_bytes() == made
     reader = ShardReader(tmp_path / "out" / "train")
     assert [reader.key(i) for i in range(48)] == [f"k{i}" for i in range(60) if i % 10 < 8]
     sample = reader.sample(0)

@@ -14,11 +14,12 @@ import pytest
 import webdataset
 from toy import make_shards, png, sample
 
-from medvlm.data.index import MERGED, tars_of
+from medvlm.data.index import MERGED, Tar, tars_of
 from medvlm.data.loader import Encoded, MicroBatches
 from medvlm.data.schema import Sample
 from medvlm.data.shards import (
     INDEX_SCHEMA,
+    Merger,
     ShardReader,
     find_tars,
     index_path,
@@ -144,6 +145,26 @@ def test_the_merged_index_is_one_uncompressed_batch_and_is_enough_alone(folder):
         assert pa.ipc.open_file(source).num_record_batches == 1
     before = pa.total_allocated_bytes()
     assert reader.column("turns").flags.owndata is False and pa.total_allocated_bytes() == before
+
+
+def test_indexes_are_merged_as_arrow_concatenates_them_without_being_held(folder, tmp_path):
+    """Also rows from the middle of others, more than 2^16 of them, words in another order, and none at all."""
+    table = pa.concat_tables([index_tar(tar) for tar in find_tars([folder])])
+    others = table.set_column(table.schema.get_field_index("members"), "members", [[["c", "a"], [], ["b"]] * 8])
+    others = others.cast(INDEX_SCHEMA)
+    many = pa.concat_tables([table.slice(5, 11)] * 4000)
+    parts = [table.slice(3, 4), others.slice(1, 20), table.slice(0, 0), many]
+    merger, before = Merger(tmp_path), pa.total_allocated_bytes()
+    for n, part in enumerate(parts):
+        merger.add(part, [Tar(f"{n}.tar", 512, len(part), "")])
+        assert pa.total_allocated_bytes() - before < 1 << 20
+    merger.write(tmp_path / MERGED)
+    assert pa.total_allocated_bytes() - before < 1 << 20 and set(os.listdir(tmp_path)) == {"toy", MERGED}
+    with pa.memory_map(str(tmp_path / MERGED)) as source:
+        merged = pa.ipc.open_file(source).read_all()
+        merged.validate(full=True)
+    assert merged.drop(["shard"]).to_pylist() == pa.concat_tables(parts).to_pylist()
+    assert merged["shard"].to_pylist() == [n for n, part in enumerate(parts) for _ in range(len(part))]
 
 
 def test_a_stale_merged_index_is_said_and_not_used(folder, tmp_path):

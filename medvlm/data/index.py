@@ -101,7 +101,7 @@ def index_tar(tar: str | Path, *, end_mark: bool = True) -> pa.Table:
         raise UserError(f"{where}: truncated or not a readable tar ({error})") from None
     records = [{"key": key, **row} for key, row in rows.items()]
     entry = Tar(where.rpartition("/")[2], size, len(records), _digest(records), skipped)
-    return pa.Table.from_pylist(records, schema=_schema([entry], INDEX_SCHEMA))
+    return pa.Table.from_pylist(records, schema=schema_of([entry], INDEX_SCHEMA))
 
 
 def _open(where: str) -> BinaryIO:
@@ -184,7 +184,8 @@ def _digest(records: list[dict[str, Any]]) -> str:
     return digest.hexdigest()
 
 
-def _schema(tars: Sequence[Tar], schema: pa.Schema) -> pa.Schema:
+def schema_of(tars: Sequence[Tar], schema: pa.Schema) -> pa.Schema:
+    """An index's schema with the metadata that `tars_of` reads."""
     return schema.with_metadata({"medvlm": json.dumps({"version": VERSION, "tars": [asdict(t) for t in tars]})})
 
 
@@ -244,21 +245,3 @@ def concatenate(indexes: Sequence[tuple[pa.Table, Sequence[Tar]]]) -> tuple[pa.T
     numbers = np.repeat(np.arange(len(tars), dtype=np.int32), [tar.samples for tar in tars])
     table = pa.concat_tables([t.replace_schema_metadata(None) for t, _ in indexes]).combine_chunks()
     return table.append_column("shard", pa.array(numbers)), tars
-
-
-def write_merged(table: pa.Table, tars: Sequence[Tar], folder: str | Path) -> Path | str:
-    """Write ``index.arrow`` into a folder: one uncompressed record batch, to be memory-mapped."""
-    table = table.combine_chunks().replace_schema_metadata(_schema(tars, table.schema).metadata)
-    batches = table.to_batches()
-    assert len(batches) <= 1
-    target = f"{normalize(folder).rstrip('/')}/{MERGED}"
-    part = Path(f"{target}.{os.getpid()}.part")
-    sink = pa.BufferOutputStream() if is_url(target) else pa.OSFile(str(part), "wb")
-    with sink, pa.ipc.new_file(sink, table.schema) as writer:
-        for batch in batches:
-            writer.write_batch(batch)
-    if is_url(target):
-        write_file(target, sink.getvalue().to_pybytes())
-        return target
-    commit(part, Path(target))
-    return Path(target)

@@ -1,8 +1,10 @@
 """Which tars a path stands for, local or remote, and which index describes them."""
 
 import os
+import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -14,15 +16,16 @@ from medvlm.data.cache import Cache
 from medvlm.data.index import (
     MERGED,
     Tar,
+    commit,
     concatenate,
     index_path,
     index_tar,
     read_index,
     tars_of,
     write_index,
-    write_merged,
 )
-from medvlm.data.storage import AbsentError, is_url, join, list_files, normalize, read_file
+from medvlm.data.merged import Merger
+from medvlm.data.storage import AbsentError, is_url, join, list_files, normalize, read_file, write_file
 from medvlm.errors import UserError
 
 
@@ -87,27 +90,45 @@ def index_shards(paths: Sequence[str | Path], out: str | Path | None = None, *, 
     With ``out``, a folder of one's own, only a merged index is written there, which names the tars where they lie: for
     shards beside which nothing can be written. What reads them is given that folder.
     """
-    indexes: list[tuple[pa.Table, list[Tar]]] = []
+    merger = None
+    if out is not None:
+        Path(out).mkdir(parents=True, exist_ok=True)
+        merger = Merger(Path(out))
     for path in expand(paths):
         for tar in _tars_at(path):
-            if out is None:
+            if merger is None:
                 described = write_index(tar, end_mark=end_mark)
             else:
                 table = index_tar(tar, end_mark=end_mark)
                 described = replace(tars_of(table.schema, tar)[0], name=tar if is_url(tar) else os.path.abspath(tar))
-                indexes.append((table, [described]))
+                merger.add(table, [described])
             note = f"; {described.skipped} member(s) without key or extension left out" if described.skipped else ""
             yield f"{tar}: {described.samples} samples{note}"
-        if out is None and not _is_tar(path):
+        if merger is None and not _is_tar(path):
             yield str(merge_index(path))
-    if out is not None:
-        Path(out).mkdir(parents=True, exist_ok=True)
-        yield str(write_merged(*concatenate(indexes), out))
+    if merger is not None and out is not None:
+        yield str(_write(merger, Path(out)))
 
 
 def merge_index(folder: str | Path) -> Path | str:
     """Write ``index.arrow`` of a folder, local or remote, from its tars' own indexes, which must be there."""
-    return write_merged(*concatenate([_sidecar(tar) for tar in _tars_at(normalize(folder))]), folder)
+    where = normalize(folder)
+    with tempfile.TemporaryDirectory() if is_url(where) else nullcontext(where) as local:
+        merger = Merger(Path(local))
+        for tar in _tars_at(where):
+            merger.add(*_sidecar(tar))
+        written = _write(merger, Path(local))
+        if not is_url(where):
+            return written
+        write_file(join(where, MERGED), written)
+    return join(where, MERGED)
+
+
+def _write(merger: Merger, folder: Path) -> Path:
+    part = folder / f"{MERGED}.{os.getpid()}.part"
+    merger.write(part)
+    commit(part, folder / MERGED)
+    return folder / MERGED
 
 
 def _sidecar(tar: str) -> tuple[pa.Table, list[Tar]]:
@@ -116,9 +137,10 @@ def _sidecar(tar: str) -> tuple[pa.Table, list[Tar]]:
     if not is_url(tar) and not os.path.exists(target):
         raise missing
     try:
-        return read_index(read_file(target) if is_url(tar) else target, target)
+        table, tars = read_index(read_file(target) if is_url(tar) else target, target)
     except AbsentError:
         raise missing from None
+    return table, [replace(entry, name=tar.rpartition("/")[2]) for entry in tars]  # the tar may have been renamed
 
 
 def open_shards(path: str, cache: Cache | None = None) -> ShardSet:

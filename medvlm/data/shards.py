@@ -16,7 +16,8 @@ import pyarrow as pa
 import webdataset
 
 from medvlm.data.cache import Cache
-from medvlm.data.index import INDEX_SCHEMA, MERGED, commit, index_path, index_tar, write_index
+from medvlm.data.index import INDEX_SCHEMA, MERGED, commit, index_path, index_tar, read_index, write_index
+from medvlm.data.merged import Merger
 from medvlm.data.schema import IMAGE_EXTENSIONS, VOLUME_EXTENSION, Sample, parse_sample
 from medvlm.data.shard_set import check_size, expand, find_tars, index_shards, merge_index, open_shards
 from medvlm.data.storage import StorageError, is_url, read_range
@@ -26,18 +27,21 @@ __all__ = [
     "INDEX_SCHEMA",
     "MERGED",
     "Cache",
+    "Merger",
     "ShardReader",
     "find_tars",
     "index_path",
     "index_shards",
     "index_tar",
     "merge_index",
+    "read_index",
     "write_index",
     "write_shard",
     "write_shards",
 ]
 PIXELS = (*IMAGE_EXTENSIONS, VOLUME_EXTENSION)
 GAP = 64 << 10  # bytes between members of a sample that are cheaper to read than to skip
+LARGE = 256 << 10  # bytes in memory that take longer to copy than another read of a local file
 
 
 def write_shards(
@@ -262,7 +266,9 @@ class ShardReader:
             return []
         first = min(row.offsets[n] for n in numbers)
         span = max(row.offsets[n] + row.sizes[n] for n in numbers) - first
-        if len(numbers) > 1 and span > sum(row.sizes[n] for n in numbers) + GAP:  # a foreign tar, members far apart
+        # one by one where members lie far apart, as in a foreign tar, or where cutting a large piece would copy it
+        most = LARGE if isinstance(self.tars[row.shard], Path) else sum(row.sizes[n] for n in numbers) + GAP
+        if len(numbers) > 1 and span > most:
             return [self._read(row, [n])[0] for n in numbers]
         data = self._bytes(row.shard, first, span)
         found = []

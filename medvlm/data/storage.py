@@ -16,6 +16,7 @@ import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 from medvlm.errors import UserError
@@ -122,14 +123,14 @@ def read_file(url: str) -> bytes:
         return file.read()
 
 
-def write_file(url: str, data: bytes) -> None:
-    """Write a whole file. Raises StorageError where the storage cannot be written."""
+def write_file(url: str, data: bytes | Path) -> None:
+    """Write a whole file, from bytes or from a local file. Raises StorageError where the storage cannot be written."""
     if url.startswith(("http://", "https://")):
         raise StorageError(f"{url}: HTTP cannot be written; give a folder of yours for the index with --out")
 
     def attempt() -> None:
         with _fsspec(url) as (fs, path):
-            fs.pipe_file(path, data)
+            fs.put_file(str(data), path) if isinstance(data, Path) else fs.pipe_file(path, data)
 
     _retry(url, attempt)
 
