@@ -123,6 +123,7 @@ def run(hosts: dict[str, int], root: Path, where: tuple[str, str], arguments: li
     failed = threading.Event()
 
     def stop(*_: object) -> None:
+        failed.set()
         for process in running.values():
             process.stdin.close()
 
