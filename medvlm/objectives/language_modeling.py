@@ -60,7 +60,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if d_hidden is not None:
                 d_hidden[part] = d_logits @ weight
             if d_weight is not None and d_weight.dtype == d_logits.dtype:
-                d_weight.addmm_(d_logits.T, rows)
+                torch.addmm(d_weight, d_logits.T, rows, out=d_weight)
             elif d_weight is not None:
                 d_weight += d_logits.T @ rows
         if d_weight is not None:

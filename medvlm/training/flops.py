@@ -1,0 +1,234 @@
+"""Floating-point operations of a step, from the layers that run and the real lengths of what they run on.
+
+A multiply-add counts 2; linear layers, convolutions and attention count, the rest does not, as in PaLM's model FLOPs
+(Chowdhery et al., arXiv 2204.02311, appendix B) and ``torch.utils.flop_counter``. A causal mask is not halved: a token of
+a segment of L counts L keys, or the window where that is shorter. Padding and the blank image of a batch without
+images are nobody's work and do not count, nor do layers that no feature depends on.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from medvlm.models.vision_language_model import PARTS, VisionLanguageModel
+
+CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+CHECKPOINTED = "GradientCheckpointingLayer"  # of transformers
+
+
+@dataclass
+class Cost:
+    """FLOPs of a unit of work. ``again`` is the part of ``forward`` that activation checkpointing repeats."""
+
+    forward: float = 0.0
+    backward: float = 0.0
+    again: float = 0.0
+
+    def __add__(self, other: "Cost") -> "Cost":
+        return Cost(self.forward + other.forward, self.backward + other.backward, self.again + other.again)
+
+    def __mul__(self, factor: float) -> "Cost":
+        return Cost(self.forward * factor, self.backward * factor, self.again * factor)
+
+    @property
+    def model(self) -> float:
+        """What the mathematics needs: MFU."""
+        return self.forward + self.backward
+
+    @property
+    def hardware(self) -> float:
+        """What is computed, recomputation included: HFU."""
+        return self.model + self.again
+
+
+@dataclass
+class Work:
+    """Of a step, over all ranks: ``pairs`` by attention window (None: no window), see :func:`attended_pairs`."""
+
+    tokens: int
+    supervised: int
+    images: int
+    pairs: Mapping[int | None, int]
+
+
+@dataclass
+class Costs:
+    """By unit: a token and a pair of tokens of the language model, a supervised token of its output layer, an image."""
+
+    token: Cost = field(default_factory=Cost)
+    pair: dict[int | None, Cost] = field(default_factory=dict)
+    supervised: Cost = field(default_factory=Cost)
+    projected_image: Cost = field(default_factory=Cost)
+    image: Cost = field(default_factory=Cost)
+
+    def of(self, work: Work) -> dict[str, Cost]:
+        """By part of the model."""
+        pairs = sum((cost * work.pairs[window] for window, cost in self.pair.items()), Cost())
+        return {
+            "vision_tower": self.image * work.images,
+            "multi_modal_projector": self.projected_image * work.images,
+            "language_model": self.token * work.tokens + pairs + self.supervised * work.supervised,
+        }
+
+
+def attended_pairs(lengths: Iterable[int], window: int | None) -> int:
+    """Sum over segments of length x keys of a token, which is the length or the window."""
+    return sum(n * (n if window is None else min(n, window)) for n in lengths)
+
+
+def attention_windows(text: Any) -> tuple[int | None, ...]:
+    """The windows among a language model's layers, each once; None is full attention."""
+    layers = range(text.num_hidden_layers)
+    return tuple(dict.fromkeys(_window(text, layer) for layer in layers))
+
+
+def _window(text: Any, layer: int) -> int | None:
+    types = getattr(text, "layer_types", None)
+    sliding = types is None or types[layer] == "sliding_attention"
+    return getattr(text, "sliding_window", None) if sliding else None
+
+
+@dataclass
+class _Call:
+    """One run of a layer: ``rows`` x ``flops`` forward; backward once for the input, once for the weight, if wanted."""
+
+    module: nn.Module
+    rows: float
+    flops: float
+    width: int
+    to_input: bool
+    to_weight: bool
+
+
+class CostRecorder:
+    """Watches the next forward pass of a model with gradients, once; then ``costs`` says what its units of work cost.
+
+    What is frozen, adapted or checkpointed is seen as it runs: a layer has an activation gradient if its input requires
+    one, a weight gradient if its weight does. It works on the meta device too. ``unused`` names vision parameters that
+    no feature depends on.
+    """
+
+    def __init__(self, model: VisionLanguageModel, unused: Iterable[str] = ()):
+        self.model, self.costs = model, Costs()
+        self.done = False
+        self.images = 1
+        self.calls: dict[str, list[_Call]] = {part: [] for part in PARTS}
+        self.head = set(model.language_model.get_output_embeddings().modules())
+        idle = {name.rsplit(".", 1)[0] for name in unused}
+        self.handles = [model.vision_tower.register_forward_pre_hook(self._count_images)]
+        for part in PARTS:
+            for name, module in getattr(model, part).named_modules():
+                flops = _flops_of(module)
+                if flops is not None and not (part == "vision_tower" and name in idle):
+                    self.handles.append(module.register_forward_hook(self._recorder(part, flops)))
+        self.handles.append(model.register_forward_hook(self._finish))
+
+    def _count_images(self, _: nn.Module, args: tuple[Any, ...]) -> None:
+        self.images = args[0].shape[0]
+
+    def _recorder(self, part: str, flops: Callable[[Any], float]) -> Any:
+        def record(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
+            weight, rows = next(module.parameters(recurse=False)), args[0]
+            count = output.numel() / module.out_channels if isinstance(module, CONV) else rows.numel() / rows.shape[-1]
+            call = _Call(module, count, flops(args), rows.shape[-1], rows.requires_grad, weight.requires_grad)
+            self.calls[part].append(call)
+
+        return record
+
+    def _finish(self, *_: Any) -> None:
+        if not torch.is_grad_enabled():
+            for calls in self.calls.values():
+                calls.clear()
+            return
+        for handle in self.handles:
+            handle.remove()
+        self.done = True
+        costs, language = self.costs, self.model.language_model
+        repeated = {part: self._repeated(part) for part in PARTS}
+        for part, per_image in (("vision_tower", "image"), ("multi_modal_projector", "projected_image")):
+            for call in self.calls[part]:
+                cost = _layer(call, call.module in repeated[part]) * (call.rows / self.images)
+                setattr(costs, per_image, getattr(costs, per_image) + cost)
+        for call in self.calls["language_model"]:
+            cost = _layer(call, call.module in repeated["language_model"])
+            if call.module in self.head:
+                costs.supervised += cost
+            else:
+                costs.token += cost
+        for attention, call in self._attentions("vision_tower"):
+            pairs = (call.rows / self.images) ** 2
+            costs.image += _pair(call, call.module in repeated["vision_tower"]) * pairs
+        for attention, call in self._attentions("language_model"):
+            window = _window(language.config, getattr(attention, "layer_idx", 0))
+            cost = _pair(call, call.module in repeated["language_model"])
+            costs.pair[window] = costs.pair.get(window, Cost()) + cost
+        self.calls.clear()
+
+    def _repeated(self, part: str) -> set[nn.Module]:
+        """What activation checkpointing computes again: a layer but for its last matmul, whose input is enough."""
+        owners = _owners(getattr(self.model, part), _is_checkpointed)
+        last = {owners[call.module]: call.module for call in self.calls[part] if call.module in owners}
+        return owners.keys() - set(last.values())
+
+    def _attentions(self, part: str) -> list[tuple[nn.Module, _Call]]:
+        """Outermost attention modules, each with the call of its output layer, whose input is what attention gives."""
+        owners = _owners(getattr(self.model, part), lambda m: type(m).__name__.endswith("Attention"))
+        last: dict[nn.Module, _Call] = {}
+        for call in self.calls[part]:
+            if call.module in owners:
+                last[owners[call.module]] = call
+        return list(last.items())
+
+
+def _flops_of(module: nn.Module) -> Callable[[Any], float] | None:
+    """Forward FLOPs of a row, given the arguments of the call; None of what is not counted."""
+    if isinstance(module, nn.Linear):
+        linear = 2.0 * module.in_features * module.out_features
+        return lambda _: linear
+    if isinstance(module, CONV):
+        kernel = torch.Size(module.kernel_size).numel()
+        conv = 2.0 * module.in_channels // module.groups * kernel * module.out_channels
+        return lambda _: conv
+    if {"gate_up_proj", "down_proj"} <= dict(module.named_parameters(recurse=False)).keys():  # experts, fused
+        sizes = [getattr(p, "ds_numel", p.numel()) for p in (module.gate_up_proj, module.down_proj)]
+        experts = getattr(module.down_proj, "ds_shape", module.down_proj.shape)[0]
+        return lambda args: 2.0 * sum(sizes) / experts * args[1].shape[-1]  # hidden states, then the experts chosen
+    if type(module).__name__.endswith("Router") and isinstance(getattr(module, "weight", None), nn.Parameter):
+        router = 2.0 * getattr(module.weight, "ds_numel", module.weight.numel())
+        return lambda _: router
+    return None
+
+
+def _layer(call: _Call, repeated: bool) -> Cost:
+    backward = call.flops * (call.to_input + call.to_weight)
+    return Cost(call.flops, backward, call.flops if repeated else 0.0)
+
+
+def _pair(call: _Call, repeated: bool) -> Cost:
+    """Scores and their product with the values, 2 x width each; four such products backward."""
+    forward = 4.0 * call.width
+    return Cost(forward, 2 * forward if call.to_input else 0.0, forward if repeated else 0.0)
+
+
+def _owners(root: nn.Module, wanted: Callable[[nn.Module], bool]) -> dict[nn.Module, nn.Module]:
+    """Each module below a wanted one -> the outermost such; adapters (``lora_A``, ``lora_B``) have none."""
+    found: dict[nn.Module, nn.Module] = {}
+
+    def visit(module: nn.Module, owner: nn.Module | None) -> None:
+        owner = module if owner is None and wanted(module) else owner
+        for name, child in module.named_children():
+            if not name.startswith("lora_"):
+                if owner is not None:
+                    found[child] = owner
+                visit(child, owner)
+
+    visit(root, None)
+    return found
+
+
+def _is_checkpointed(module: nn.Module) -> bool:
+    kinds = (cls.__name__ for cls in type(module).__mro__)
+    return CHECKPOINTED in kinds and getattr(module, "gradient_checkpointing", False)

@@ -1,0 +1,178 @@
+"""FLOPs of a step beside torch.utils.flop_counter, which counts what is executed."""
+
+from collections import Counter
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+from toy import CLIP, LLAMA, make_recipe, make_tokenizer
+
+from medvlm.config.load import load_recipe
+from medvlm.data.loader import Encoded, collate
+from medvlm.models.build import build_components, build_model
+from medvlm.models.trainable import apply_trainable
+from medvlm.training import peak
+from medvlm.training.flops import CostRecorder, Work, attended_pairs, attention_windows
+
+LENGTHS = (30, 12, 21)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("flops")
+    make_tokenizer(folder / "tokenizer")
+    return folder
+
+
+def build(folder, **overrides):
+    """Wide enough that rotary frequencies, which the counter counts and we do not, are far below 1 %."""
+    wide = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3}
+    options = {
+        "model__language_model__config": {**LLAMA, **wide},
+        "model__vision_tower__config": {**CLIP, "hidden_size": 64},
+        **overrides,
+    }
+    config = load_recipe(str(make_recipe(folder, **options)))
+    parts = build_components(config.model)
+    model = build_model(config.model, parts, torch.float32)
+    apply_trainable(model, config.model, parts.unused_vision_parameters)
+    return model, parts
+
+
+def batch(parts, lengths=LENGTHS, images=(1, 0, 2), padding_free=True):
+    samples = []
+    for n, count in zip(lengths, images, strict=True):
+        ids = [parts.image_token_id] * (count * parts.image_tokens)
+        ids += [7] * (n - len(ids))
+        pictures = [torch.zeros(1, parts.image_size, parts.image_size, dtype=torch.uint8)] * count
+        samples.append(Encoded(ids, [-100] * (n - 6) + ids[-6:], pictures))
+    return collate(samples, 3, parts.image_size, padding_free)
+
+
+def work(model, made, lengths=LENGTHS) -> Work:
+    pairs = {w: attended_pairs(lengths, w) for w in attention_windows(model.language_model.config)}
+    return Work(sum(lengths), made.supervised_tokens, made.pixel_values.shape[0], pairs)
+
+
+def counted(model, made, backward=True) -> Counter:
+    """SDPA as matmuls, which the counter sees on a CPU too."""
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        loss = model(**made.inputs(torch.device("cpu")))
+        if backward:
+            loss.backward()
+    return Counter({str(key): value for key, value in counter.get_flop_counts()["Global"].items()})
+
+
+FROZEN = {"model__vision_tower__train": "frozen", "model__language_model__train": "frozen"}
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {},
+        {"model__vision_tower__train": "frozen"},
+        FROZEN,
+        {"model__language_model__train": "frozen"},
+        {**FROZEN, "model__multi_modal_projector__train": "frozen", "model__language_model__train": "norm_and_bias"},
+        {"model__vision_tower__train": "frozen", "model__multi_modal_projector__train": "frozen"},
+        {**FROZEN, "model__language_model__train": "lora"},
+        {"model__language_model__config": {**LLAMA, "hidden_size": 128, "tie_word_embeddings": True}},
+    ],
+    ids=["all", "tower-frozen", "projector", "language-frozen", "norms", "language", "lora", "tied"],
+)
+def test_a_packed_step_costs_what_the_counter_counts(folder, overrides):
+    model, parts = build(folder, **overrides)
+    made = batch(parts)
+    recorder = CostRecorder(model, parts.unused_vision_parameters)
+    found = sum(counted(model, made).values())
+    costs = recorder.costs.of(work(model, made))
+    assert sum(cost.model for cost in costs.values()) == pytest.approx(found, rel=0.01)
+    assert recorder.handles[0].id not in model.vision_tower._forward_pre_hooks, "it watches one pass only"
+    with torch.no_grad():
+        forward = sum(counted(model, made, backward=False).values())
+    assert sum(cost.forward for cost in costs.values()) == pytest.approx(forward, rel=0.01)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_padding_and_blank_images_do_not_count(folder, attention):
+    """One row without padding is counted exactly; padding adds to what is executed and not to the model's FLOPs."""
+    model, parts = build(folder, model__attention=attention)
+    recorder = CostRecorder(model, parts.unused_vision_parameters)
+    whole = batch(parts, (32,), (1,), padding_free=False)
+    found = sum(counted(model, whole).values())
+    assert sum(c.model for c in recorder.costs.of(work(model, whole, (32,))).values()) == pytest.approx(found, rel=0.01)
+    padded = batch(parts, (32, 8), (0, 0), padding_free=False)
+    ours = recorder.costs.of(work(model, padded, (32, 8)))
+    assert ours["vision_tower"].model == ours["multi_modal_projector"].model == 0
+    assert sum(c.model for c in ours.values()) < 0.8 * sum(counted(model, padded).values())
+
+
+def test_layers_that_no_feature_depends_on_do_not_count(folder):
+    last, parts = build(folder)
+    before, fewer = build(folder, model__vision_tower__feature_layer=-2)
+    images = []
+    for model, unused in ((last, parts.unused_vision_parameters), (before, fewer.unused_vision_parameters)):
+        recorder = CostRecorder(model, unused)
+        model(**batch(parts).inputs(torch.device("cpu")))
+        images.append(recorder.costs.image.forward)
+    tokens = 5  # four patches and a class token
+    layer = tokens * 2 * 6 * 64 * 64 + 4 * 64 * tokens**2
+    assert images[0] - images[1] == layer
+
+
+def test_recomputation_counts_as_hardware_flops_only(folder):
+    plain, parts = build(folder)
+    repeating, _ = build(folder, model__language_model__gradient_checkpointing=True)
+    totals = []
+    for model in (plain, repeating):
+        made = batch(parts)
+        recorder = CostRecorder(model, parts.unused_vision_parameters)
+        executed = sum(counted(model, made).values())
+        costs = recorder.costs.of(work(model, made)).values()
+        totals.append([sum(c.model for c in costs), sum(c.hardware for c in costs), executed])
+    (model_flops, hardware, _), (same, repeated, executed) = totals
+    assert model_flops == same == hardware
+    assert repeated == pytest.approx(executed, rel=0.01)
+
+
+def test_active_experts_only(folder):
+    """Mixtral: two of eight experts. By arithmetic, as the counter does not know grouped matmuls."""
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_local_experts": 8, "num_experts_per_tok": 2}
+    model, parts = build(folder, model__language_model__config={**LLAMA, **sizes, "model_type": "mixtral"})
+    recorder = CostRecorder(model, parts.unused_vision_parameters)
+    model(**batch(parts).inputs(torch.device("cpu")))
+    attention = 2 * 64 * (64 + 32 + 32 + 64)
+    experts, router = 2 * 3 * 2 * 64 * 96, 2 * 64 * 8
+    assert recorder.costs.token.forward == 2 * (attention + experts + router)
+
+
+def test_windows_and_pairs():
+    from transformers import Gemma2Config, LlamaConfig, MistralConfig
+
+    assert attention_windows(LlamaConfig(num_hidden_layers=2)) == (None,)
+    assert attention_windows(MistralConfig(num_hidden_layers=2, sliding_window=9)) == (9,)
+    assert attention_windows(Gemma2Config(num_hidden_layers=4, sliding_window=7)) == (7, None)
+    assert attended_pairs((3, 5), None) == 9 + 25
+    assert attended_pairs((3, 5), 4) == 9 + 20
+
+
+def test_evaluation_before_training_is_not_recorded(folder):
+    model, parts = build(folder)
+    recorder = CostRecorder(model, parts.unused_vision_parameters)
+    with torch.no_grad():
+        model(**batch(parts).inputs(torch.device("cpu")))
+    assert not recorder.done
+    model(**batch(parts).inputs(torch.device("cpu")))
+    assert recorder.done and recorder.costs.token.backward > 0
+
+
+def test_the_peak_is_a_datasheets_or_measured():
+    assert peak.datasheet_peak("NVIDIA H100 80GB HBM3", torch.bfloat16).flops == 989e12
+    assert peak.datasheet_peak("NVIDIA H100 PCIe", torch.bfloat16).flops == 756e12
+    assert peak.datasheet_peak("NVIDIA H200", torch.bfloat16).line().endswith("datasheet: NVIDIA H200, bf16 dense")
+    assert peak.datasheet_peak("NVIDIA H100 80GB HBM3 MIG 3g.40gb", torch.bfloat16) is None
+    assert peak.datasheet_peak("NVIDIA H100 80GB HBM3", torch.float32) is None
+    assert peak.datasheet_peak("NVIDIA T4", torch.bfloat16) is None
+    measured = peak.peak_of(torch.device("cpu"), torch.float32)
+    assert measured.source == "measured" and 1e9 < measured.flops < 1e14
