@@ -27,6 +27,7 @@ def train(
     recipe: Annotated[str, typer.Argument(help="A recipe's name, or the path of a .yaml file.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value ...")] = None,
     print_config: Annotated[bool, typer.Option(help="Print the merged, validated configuration and stop.")] = False,
+    profile: Annotated[bool, typer.Option(help="Write a Chrome trace of three steps into the run's folder.")] = False,
     tiny: Annotated[bool, typer.Option(help="Small random backbones and phantom data: a minute on a laptop.")] = False,
 ) -> None:
     """Train a recipe. Start it through launchers/ for several ranks; alone it is one rank."""
@@ -37,6 +38,7 @@ def train(
     from medvlm.config.load import load_recipe
     from medvlm.config.tiny import TINY_DATA, tiny_values
 
+    overrides = [*(overrides or []), *(["training.profile=3"] if profile else [])]
     config = load_recipe(recipe, overrides, tiny_values(recipe) if tiny else None)
     if print_config:
         import yaml

@@ -255,6 +255,8 @@ class Training(Section):
     """Write from a copy in the host's memory while training goes on. Off: training waits, and needs no such memory."""
     evaluate_every: int | None = Field(default=None, gt=0)
     evaluation_batches: int | None = Field(default=None, gt=0)
+    profile: int | None = Field(default=None, gt=0)
+    """Steps of which rank 0 writes a Chrome trace, after the first two."""
     stop_after: int | None = Field(default=None, gt=0)
     """Stop at this step, with a checkpoint, as an interruption would; the schedule stays that of the whole run."""
 

@@ -68,6 +68,12 @@ class Batch:
         return int(self.attention_mask.sum()) if self.attention_mask is not None else self.input_ids.numel()
 
     @property
+    def lengths(self) -> list[int]:
+        """Real tokens of each segment, or of each row."""
+        lengths = self.attention_mask.sum(1) if self.cu_seqlens is None else self.cu_seqlens.diff()  # type: ignore[union-attr]
+        return lengths.tolist()
+
+    @property
     def supervised_tokens(self) -> int:
         """Targets after the shift: a row's first label has no position that predicts it."""
         return int((self.labels[:, 1:] != IGNORE).sum())

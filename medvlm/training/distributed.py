@@ -74,6 +74,14 @@ def sum_over_ranks(values: list[float]) -> list[float]:
     return tensor.tolist()
 
 
+def gather_numbers(values: list[float]) -> list[list[float]]:
+    """Every rank's values, as many on each, on all ranks, by rank."""
+    mine = torch.tensor(values, dtype=torch.float64, device=device())
+    rows = [torch.empty_like(mine) for _ in range(world_size())]
+    comm.all_gather(rows, mine)
+    return [row.tolist() for row in rows]
+
+
 def broadcast(array: np.ndarray) -> np.ndarray:
     """Rank 0's array, on all ranks; the others give one of its shape and type."""
     tensor = torch.from_numpy(np.ascontiguousarray(array)).to(device())

@@ -1,8 +1,8 @@
 """Floating-point operations of a step, from the layers that run and the real lengths of what they run on.
 
 A multiply-add counts 2; linear layers, convolutions and attention count, the rest does not, as in PaLM's model FLOPs
-(Chowdhery et al., arXiv 2204.02311, appendix B) and ``torch.utils.flop_counter``. A causal mask is not halved: a token of
-a segment of L counts L keys, or the window where that is shorter. Padding and the blank image of a batch without
+(Chowdhery et al., arXiv 2204.02311, appendix B) and ``torch.utils.flop_counter``. A causal mask is not halved: a token
+of a segment of L counts L keys, or the window where that is shorter. Padding and the blank image of a batch without
 images are nobody's work and do not count, nor do layers that no feature depends on.
 """
 
@@ -138,7 +138,7 @@ class CostRecorder:
 
         return record
 
-    def _finish(self, *_: Any) -> None:
+    def _finish(self, *call_arguments: Any) -> None:
         if not torch.is_grad_enabled():
             for calls in self.calls.values():
                 calls.clear()
@@ -158,7 +158,7 @@ class CostRecorder:
                 costs.supervised += cost
             else:
                 costs.token += cost
-        for attention, call in self._attentions("vision_tower"):
+        for _, call in self._attentions("vision_tower"):
             pairs = (call.rows / self.images) ** 2
             costs.image += _pair(call, call.module in repeated["vision_tower"]) * pairs
         for attention, call in self._attentions("language_model"):
@@ -192,14 +192,19 @@ def _flops_of(module: nn.Module) -> Callable[[Any], float] | None:
         kernel = torch.Size(module.kernel_size).numel()
         conv = 2.0 * module.in_channels // module.groups * kernel * module.out_channels
         return lambda _: conv
-    if {"gate_up_proj", "down_proj"} <= dict(module.named_parameters(recurse=False)).keys():  # experts, fused
-        sizes = [getattr(p, "ds_numel", p.numel()) for p in (module.gate_up_proj, module.down_proj)]
-        experts = getattr(module.down_proj, "ds_shape", module.down_proj.shape)[0]
-        return lambda args: 2.0 * sum(sizes) / experts * args[1].shape[-1]  # hidden states, then the experts chosen
-    if type(module).__name__.endswith("Router") and isinstance(getattr(module, "weight", None), nn.Parameter):
-        router = 2.0 * getattr(module.weight, "ds_numel", module.weight.numel())
+    own = dict(module.named_parameters(recurse=False))
+    if {"gate_up_proj", "down_proj"} <= own.keys():  # experts, fused: [experts, out, in]
+        size = sum(_shape(own[name]).numel() for name in ("gate_up_proj", "down_proj"))
+        expert = 2.0 * size / _shape(own["down_proj"])[0]
+        return lambda args: expert * args[1].shape[-1]  # hidden states, then the experts chosen for each
+    if type(module).__name__.endswith("Router") and "weight" in own:
+        router = 2.0 * _shape(own["weight"]).numel()
         return lambda _: router
     return None
+
+
+def _shape(p: nn.Parameter) -> torch.Size:
+    return torch.Size(getattr(p, "ds_shape", p.shape))
 
 
 def _layer(call: _Call, repeated: bool) -> Cost:

@@ -5,9 +5,11 @@ import time
 
 from medvlm.config.schema import RunConfig
 from medvlm.training import checkpoint, distributed
+from medvlm.training.gauges import Gauges
 from medvlm.training.meters import Meters, print_parts
 from medvlm.training.setup import make_saver, start, write_run_files
 from medvlm.training.step import Quarantine, batches_from, exchange_counts, record, update
+from medvlm.training.trace import Trace
 from medvlm.training.validation import evaluation_loss
 
 PREEMPTED = 85  # exit code: a checkpoint was written, start again to go on
@@ -17,6 +19,7 @@ def train(config: RunConfig) -> int:
     """Train a run to its end, or to the checkpoint that an interruption asks for. Returns the process's exit status."""
     signals = _catch_signals()
     session = start(config)
+    gauges = Gauges(session)
     run, training, plan, step = session.run, config.training, session.plan, session.step
     meters = None
     if distributed.rank() == 0:
@@ -25,30 +28,36 @@ def train(config: RunConfig) -> int:
         print(session.describe(), flush=True)
         if plan.packing:
             print(plan.advice(), flush=True)
+        print(gauges.peak.line(), flush=True)
         meters = Meters(run, step, session.total, config.run.tensorboard)
 
     last = min(session.total, training.stop_after or session.total)
     loader = batches_from(session, step, last)
     quarantine = Quarantine(session)
     saver = make_saver(session)
+    trace = Trace(run / "trace.json", training.profile if distributed.rank() == 0 else None)
     for packs in plan.global_batches(step, last):
         numbers = [number for pack in packs for number, _ in pack]
-        started = time.perf_counter()
+        started = gauges.start()
         batches = [next(loader) for _ in range(session.accumulation)]
         data_seconds = time.perf_counter() - started
-        counts = exchange_counts(batches, bool(signals), saver.ready)
+        counts = exchange_counts(batches, bool(signals), saver.ready, gauges.windows)
         if counts.written == distributed.world_size():
             saver.finish()
         quarantine.check(step, batches, counts, len(numbers))
         keys = session.data.reader.keys(numbers)
-        values = update(session, step, batches, counts, keys)
+        values = update(session, step, batches, counts, keys, gauges.phases)
         step += 1
+        measured = gauges.measure(step, counts, started, data_seconds)
         if meters:
-            more = record(session, step, counts, len(packs), keys, started, data_seconds)
-            meters.write({"step": step, "epoch": plan.epoch(step - 1), **values, **more})
+            values |= record(session, counts, len(packs), keys)
+            meters.write({"step": step, "epoch": plan.epoch(step - 1), **values, **measured})
+        trace.step()
         if counts.interrupted or step == last or step % training.checkpoint_every == 0:
             saver.save(step)
         if counts.interrupted:
+            trace.close()
+            gauges.close()
             saver.wait()
             if meters:
                 meters.close()
@@ -59,6 +68,8 @@ def train(config: RunConfig) -> int:
             value = evaluation_loss(session)
             if meters:
                 meters.write({"step": step, "eval_loss": value})
+    trace.close()
+    gauges.close()
     saver.wait()
     if meters:
         meters.close()

@@ -58,7 +58,7 @@ class Meters:
                     if isinstance(number, int | float):
                         self.board.add_scalar(f"{name}/{tag}" if tag else name, number, step)
         if "loss" in record:
-            status = f"loss {record['loss']:.4f}  {record['tokens_per_second']:.0f} tokens/s"
+            status = f"loss {record['loss']:.4f}  {record['tokens_per_second']:.0f} tokens/s  MFU {record['mfu']:.1%}"
             self.progress.update(self.task, completed=step, status=status)
             if self.progress.disable and (step == 1 or step % max(1, self.total // 20) == 0 or step == self.total):
                 print(f"step {step}/{self.total}  {status}  grad norm {record['grad_norm']:.3f}", flush=True)

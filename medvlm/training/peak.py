@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-# Dense bf16 TFLOP/s of NVIDIA's datasheets (half of those "with sparsity"). The first name found in the device's counts.
+# Dense bf16 TFLOP/s of NVIDIA's datasheets, half of those "with sparsity", by the first name that the device's holds.
 DATASHEET = {
     "H100 PCIe": 756,
     "H100 NVL": 835,

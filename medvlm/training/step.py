@@ -2,8 +2,8 @@
 
 import json
 import math
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +15,8 @@ from medvlm.data.plan import Draw
 from medvlm.errors import UserError
 from medvlm.models.trainable import part_config
 from medvlm.training import distributed
+from medvlm.training.flops import attended_pairs
 from medvlm.training.gradients import clip_parts, part_norms
-from medvlm.training.meters import peak_memory_gib
 from medvlm.training.schedule import by_part, learning_rates
 from medvlm.training.setup import Session
 
@@ -24,7 +24,7 @@ from medvlm.training.setup import Session
 @dataclass
 class Counts:
     """Of a step's batches, summed over ranks. ``interrupted`` is the number of ranks that got a signal, ``written`` of
-    those whose part of a pending checkpoint is on the disk."""
+    those whose part of a pending checkpoint is on the disk, ``pairs`` of tokens that attend, by window."""
 
     supervised: int
     tokens: int
@@ -33,6 +33,7 @@ class Counts:
     quarantined: int
     interrupted: int
     written: int
+    pairs: dict[int | None, int]
 
 
 def batches_from(session: Session, step: int, last: int) -> Iterator[Batch]:
@@ -48,7 +49,9 @@ def batches_from(session: Session, step: int, last: int) -> Iterator[Batch]:
     return load_batches(session.data, work(), session.config.data.workers)
 
 
-def exchange_counts(batches: Sequence[Batch], interrupted: bool, written: bool) -> Counts:
+def exchange_counts(
+    batches: Sequence[Batch], interrupted: bool, written: bool, windows: Sequence[int | None] = ()
+) -> Counts:
     """What a step exchanges before its forward pass: the tokens its loss is divided by, who wants to stop, who has
     written its part of a checkpoint."""
     values = distributed.sum_over_ranks(
@@ -60,9 +63,11 @@ def exchange_counts(batches: Sequence[Batch], interrupted: bool, written: bool) 
             sum(len(b.quarantined) for b in batches),
             float(interrupted),
             float(written),
+            *(sum(attended_pairs(b.lengths, window) for b in batches) for window in windows),
         ]
     )
-    return Counts(*map(int, values))
+    supervised, tokens, slots, images, quarantined, stops, done, *pairs = map(int, values)
+    return Counts(supervised, tokens, slots, images, quarantined, stops, done, dict(zip(windows, pairs, strict=True)))
 
 
 class Quarantine:
@@ -88,7 +93,12 @@ class Quarantine:
 
 
 def update(
-    session: Session, step: int, batches: Sequence[Batch], counts: Counts, keys: Sequence[str]
+    session: Session,
+    step: int,
+    batches: Sequence[Batch],
+    counts: Counts,
+    keys: Sequence[str],
+    phase: Callable[[str], AbstractContextManager[Any]] = nullcontext,
 ) -> dict[str, Any]:
     """Train on the step's batches; returns loss, gradient norm and learning rates. A NaN loss raises UserError."""
     engine, world, training = session.engine, distributed.world_size(), session.config.training
@@ -99,10 +109,12 @@ def update(
     torch.manual_seed((session.config.run.seed * 1_000_003 + step) * 65_537 + distributed.rank())
     loss_sum = torch.zeros((), dtype=torch.float64, device=device)
     for n, batch in enumerate(batches):
-        loss = engine(**batch.inputs(device))
+        with phase("forward"):
+            loss = engine(**batch.inputs(device))
         # DeepSpeed divides by the accumulation steps and averages over ranks: undo both, then divide by the
         # global count, so that every supervised token weighs the same.
-        engine.backward(loss * (world * session.accumulation / counts.supervised))
+        with phase("backward"):
+            engine.backward(loss * (world * session.accumulation / counts.supervised))
         loss_sum += loss.detach()
         if n + 1 < session.accumulation:
             engine.step()
@@ -110,9 +122,10 @@ def update(
     if not math.isfinite(mean_loss):
         some = ", ".join(keys[:8])
         raise UserError(f"step {step + 1}: the loss is {mean_loss}; no update was made; the batch is {some} ...")
-    parts = clip_by_part(session)
-    grad_norm = _plain_grad_norm(engine) if session.stage == 0 else None
-    engine.step()
+    with phase("optimizer"):
+        parts = clip_by_part(session)
+        grad_norm = _plain_grad_norm(engine) if session.stage == 0 else None
+        engine.step()
     return {
         "loss": mean_loss,
         "grad_norm": float(engine.get_global_grad_norm()) if grad_norm is None else grad_norm,
@@ -133,11 +146,8 @@ def clip_by_part(session: Session) -> dict[str, float]:
     return norms
 
 
-def record(
-    session: Session, step: int, counts: Counts, packs: int, keys: Sequence[str], started: float, data_seconds: float
-) -> dict[str, Any]:
-    """The rest of a step's line in ``metrics.jsonl``."""
-    seconds = time.perf_counter() - started
+def record(session: Session, counts: Counts, packs: int, keys: Sequence[str]) -> dict[str, Any]:
+    """What a step was made of, for its line in ``metrics.jsonl``."""
     packing = session.plan.packing
     return {
         "tokens": counts.tokens,
@@ -146,10 +156,6 @@ def record(
         "padding_share": 1 - counts.tokens / (packs * packing.tokens if packing else counts.slots),
         "images": counts.images,
         "quarantined": counts.quarantined,
-        "seconds": seconds,
-        "data_seconds": data_seconds,
-        "tokens_per_second": counts.tokens / seconds,
-        "memory_gib": peak_memory_gib(),
         "batch_digest": digest(keys),
     }
 
