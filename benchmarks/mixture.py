@@ -86,7 +86,7 @@ def make_recipe(folder: Path, name: str, model: dict[str, Any], data: dict[str, 
     """``model`` gives ``vision_tower`` and ``language_model`` sections; tokenizer and shards lie in ``folder``."""
     model["language_model"].setdefault("tokenizer", str(folder / "tokenizer"))
     values = {
-        "run": {"name": name, "root": str(folder / "runs"), "tensorboard": False},
+        "run": {"name": name, "root": str(folder / "runs"), "trackers": []},
         "model": model,
         "data": {"train": [str(folder / "shards")], "workers": 2, "max_length": 2048, **data},
         "training": training,

@@ -255,7 +255,7 @@ def test_train_page_lists_every_setting_with_its_default():
         shown = documented[key]
         if default in ([], ""):
             assert shown == "empty", key
-        elif isinstance(default, tuple):
+        elif isinstance(default, tuple | list):
             assert shown == ", ".join(map(str, default)), key
         elif isinstance(default, bool) or default is None:
             assert shown == {True: "true", False: "false", None: "null"}[default], key

@@ -64,7 +64,7 @@ def finish(process: subprocess.Popen) -> tuple[int, str]:
 @pytest.mark.parametrize("launcher", ["local", "torchrun", "accelerate"])
 def test_each_launcher_of_one_machine_trains(folder, launcher):
     recipe = make_recipe(folder, launcher, training__steps=2)
-    status, output = finish(start(launcher, recipe, "run.tensorboard=false", NPROC=2))
+    status, output = finish(start(launcher, recipe, "run.trackers=[]", NPROC=2))
     assert status == 0 and "2 rank(s), ZeRO-3" in output, output
     assert [row["step"] for row in metrics(folder, launcher)] == [1, 2]
 

@@ -98,7 +98,7 @@ def make_shards(folder: Path, count: int = 24, images: Any = lambda i: (1, 0, 2,
 def make_recipe(folder: Path, name: str = "run", **overrides: Any) -> Path:
     """A recipe on toy data under ``folder``; overrides are dotted keys with ``__`` for the dots."""
     values: dict[str, Any] = {
-        "run": {"name": name, "root": str(folder / "runs"), "tensorboard": False},
+        "run": {"name": name, "root": str(folder / "runs"), "trackers": []},
         "model": {
             "vision_tower": {"config": SIGLIP, "feature_layer": -1, "select_strategy": "full", "learning_rate": 3e-3},
             "multi_modal_projector": {"learning_rate": 3e-3},

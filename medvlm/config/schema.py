@@ -272,7 +272,9 @@ class Run(Section):
     root: str = "runs"
     seed: int = 0
     resume: Literal["auto", "never", "require"] = "auto"
-    tensorboard: bool = True
+    trackers: list[Literal["tensorboard", "wandb", "mlflow"]] = ["tensorboard"]
+    notify: str | None = None
+    """A web address to post to, or a shell command to run, when the run starts and however it ends."""
 
     @property
     def dir(self) -> Path:

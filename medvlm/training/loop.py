@@ -6,15 +6,18 @@ import time
 from medvlm.config.schema import RunConfig
 from medvlm.training import checkpoint, distributed
 from medvlm.training.gauges import Gauges
+from medvlm.training.lifecycle import announced
 from medvlm.training.meters import Meters, print_parts
 from medvlm.training.setup import make_saver, start, write_run_files
 from medvlm.training.step import Quarantine, batches_from, exchange_counts, record, update
 from medvlm.training.trace import Trace
+from medvlm.training.trackers import Trackers
 from medvlm.training.validation import evaluation_loss
 
 PREEMPTED = 85  # exit code: a checkpoint was written, start again to go on
 
 
+@announced
 def train(config: RunConfig) -> int:
     """Train a run to its end, or to the checkpoint that an interruption asks for. Returns the process's exit status."""
     signals = _catch_signals()
@@ -29,7 +32,7 @@ def train(config: RunConfig) -> int:
         if plan.packing:
             print(plan.advice(), flush=True)
         print(gauges.peak.line(), flush=True)
-        meters = Meters(run, step, session.total, config.run.tensorboard)
+        meters = Meters(run, step, session.total, Trackers(config, step))
 
     last = min(session.total, training.stop_after or session.total)
     loader = batches_from(session, step, last)
@@ -60,7 +63,7 @@ def train(config: RunConfig) -> int:
             gauges.close()
             saver.wait()
             if meters:
-                meters.close()
+                meters.close(finished=False)
                 print(f"interrupted: checkpoint of step {step} written; start again to go on", flush=True)
             return PREEMPTED
         due = step == session.total or (training.evaluate_every and step % training.evaluate_every == 0)

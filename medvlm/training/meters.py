@@ -1,4 +1,4 @@
-"""What a step reports: one JSON line for machines, TensorBoard for curves, a progress bar for people."""
+"""What a step reports: one JSON line for machines, trackers for curves, a progress bar for people."""
 
 import json
 import resource
@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from medvlm.models.trainable import PartSummary
+from medvlm.training.trackers import Trackers
 
 
 def peak_memory_gib() -> float:
@@ -24,17 +25,13 @@ def peak_memory_gib() -> float:
 class Meters:
     """Used by rank 0 only. Continues ``metrics.jsonl`` at ``start``, dropping lines of steps to be taken again."""
 
-    def __init__(self, folder: Path, start: int, total: int, tensorboard: bool):
+    def __init__(self, folder: Path, start: int, total: int, trackers: Trackers):
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "metrics.jsonl"
         kept = [line for line in path.read_text().splitlines() if _step(line) <= start] if path.exists() else []
         path.write_text("".join(f"{line}\n" for line in kept))
         self.file = path.open("a")
-        self.board = None
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
+        self.trackers = trackers
         self.total, self.console = total, Console(stderr=False)
         self.progress = Progress(
             TextColumn("{task.description}"),
@@ -52,11 +49,7 @@ class Meters:
         self.file.write(json.dumps(record) + "\n")
         self.file.flush()
         step = record["step"]
-        if self.board:
-            for name, value in record.items():
-                for tag, number in value.items() if isinstance(value, dict) else {"": value}.items():
-                    if isinstance(number, int | float):
-                        self.board.add_scalar(f"{name}/{tag}" if tag else name, number, step)
+        self.trackers.log(record)
         if "loss" in record:
             status = f"loss {record['loss']:.4f}  {record['tokens_per_second']:.0f} tokens/s  MFU {record['mfu']:.1%}"
             self.progress.update(self.task, completed=step, status=status)
@@ -65,11 +58,10 @@ class Meters:
         else:
             print(f"step {step}  evaluation loss {record['eval_loss']:.4f}", flush=True)
 
-    def close(self) -> None:
+    def close(self, finished: bool = True) -> None:
         self.progress.stop()
         self.file.close()
-        if self.board:
-            self.board.close()
+        self.trackers.close(finished)
 
 
 def _step(line: str) -> int:

@@ -17,7 +17,7 @@ from medvlm.errors import UserError
 from medvlm.models.build import Components, build_components, build_model
 from medvlm.models.lora import add_adapters
 from medvlm.models.trainable import PartSummary, apply_trainable
-from medvlm.training import checkpoint, distributed
+from medvlm.training import checkpoint, distributed, lifecycle, trackers
 from medvlm.training.engine import lift_scalars
 from medvlm.training.feed import accumulation_steps, count_lengths, make_plan, needs_lengths, training_data
 from medvlm.training.optimizer import make_optimizer, parameter_groups, rates
@@ -65,6 +65,7 @@ class Session:
 
 def start(config: RunConfig) -> Session:
     """Build a run, or continue it from its newest checkpoint. All ranks call this."""
+    trackers.check(config.run.trackers)
     ds_config = deepspeed_config(config, distributed.world_size())
     lock_run(config.run.dir)
     if distributed.rank() == 0:
@@ -183,6 +184,7 @@ def make_saver(session: Session) -> checkpoint.Saver:
 
 def write_run_files(session: Session) -> None:
     session.run.mkdir(parents=True, exist_ok=True)
+    lifecycle.running(session.config, session.step, session.total)
     values = session.config.model_dump(mode="json")
     (session.run / "config.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
     session.parts.processor.save_pretrained(session.run / "processor")
