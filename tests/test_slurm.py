@@ -73,16 +73,18 @@ class Job:
 
 
 def test_a_job_that_is_interrupted_three_times_equals_an_uninterrupted_run(slurm, site, monkeypatch):  # noqa: F811
-    """By an operator, its time limit and a job of higher priority: losses and weights are equal bit for bit."""
+    """By a drained node, its time limit and a job of higher priority: losses and weights are equal bit for bit."""
     options = {"training__steps": 12, "training__checkpoint_every": 3, "data__shuffle_turns": True}
     launch(make_recipe(site, "whole", **options))
     monkeypatch.setenv("HOLDS", str(HOLDS))
     several = ("--nodes=2", *ONE_RANK, "--exclusive", "--time=20", "--signal=B:USR1@55")
     job = Job(slurm, TRAIN, make_recipe(site, "broken", **options), options=several)
 
-    job.wait_until_held(1)
+    job.wait_until_held(1)  # jobs stay on a drained node until their operator requeues them
+    slurm.call("scontrol", "update", "NodeName=n2", "State=DRAIN", "Reason=maintenance")
     slurm.call("scontrol", "requeue", job.number)
     job.wait_until_requeued()
+    slurm.call("scontrol", "update", "NodeName=n2", "State=RESUME")
     job.wait_until_held(2)
     slurm.call("scontrol", "update", f"JobId={job.number}", "TimeLimit=1")
     job.wait_until_requeued()
