@@ -28,32 +28,42 @@ def train(
     overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value ...")] = None,
     print_config: Annotated[bool, typer.Option(help="Print the merged, validated configuration and stop.")] = False,
     profile: Annotated[bool, typer.Option(help="Write a Chrome trace of three steps into the run's folder.")] = False,
+    allow_change: Annotated[
+        bool, typer.Option(help="Continue a run although its data, model or optimisation differ from before.")
+    ] = False,
     tiny: Annotated[bool, typer.Option(help="Small random backbones and phantom data: a minute on a laptop.")] = False,
 ) -> None:
     """Train a recipe. Start it through launchers/ for several ranks; alone it is one rank."""
-    if several_ranks():  # meet first, so that an error in the recipe is told once
-        from medvlm.training import distributed
+    from medvlm.training import preemption
 
-        distributed.start()
-    from medvlm.config.load import load_recipe
-    from medvlm.config.tiny import TINY_DATA, tiny_values
+    preemption.catch_signals()
 
-    overrides = [*(overrides or []), *(["training.profile=3"] if profile else [])]
-    config = load_recipe(recipe, overrides, tiny_values(recipe) if tiny else None)
-    if print_config:
-        import yaml
+    def work() -> int:
+        from medvlm.config.load import load_recipe
+        from medvlm.config.tiny import TINY_DATA, tiny_values
 
-        print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), end="")
-        return
-    from medvlm.training import distributed, loop
+        changes = [*(overrides or []), *(["training.profile=3"] if profile else [])]
+        config = load_recipe(recipe, changes, tiny_values(recipe) if tiny else None)
+        if print_config:
+            import yaml
 
-    distributed.start()
-    if tiny:
-        if distributed.rank() == 0:
-            prepare_tiny_data(Path(TINY_DATA))
-        distributed.barrier()
-    status = loop.train(config)
-    distributed.stop()
+            print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), end="")
+            return 0
+        from medvlm.training import loop
+
+        before = (lambda: prepare_tiny_data(Path(TINY_DATA))) if tiny else None
+        return loop.run(config, before=before, allow_change=allow_change)
+
+    try:
+        if several_ranks():  # meet first, so that an error in the recipe is told once
+            from medvlm.training import watch
+
+            with watch.over_ranks():
+                status = work()
+        else:
+            status = work()
+    except preemption.Preempted:
+        status = preemption.STATUS
     raise typer.Exit(status)
 
 
@@ -165,22 +175,12 @@ def main() -> None:
     try:
         sys.exit(app(standalone_mode=first))  # on other ranks, what ends a command is raised or returned
     except UserError as error:
-        message: str | None = str(error)
-        if several_ranks():
-            from medvlm.training import failures
-
-            message = failures.sentence_to_print(str(error))
-        if message:
-            print(f"medvlm: error: {message}", file=sys.stderr)
+        where = f"rank {os.environ['RANK']}: " if several_ranks() and os.environ["RANK"] != "0" else ""
+        print(f"medvlm: error: {where}{error}", file=sys.stderr)
         sys.exit(2)
     except Exception as error:
         if not first and hasattr(error, "exit_code"):  # a wrong command line: the first rank shows it
             sys.exit(error.exit_code)
-        if several_ranks():
-            from medvlm.training import failures
-
-            if failures.is_told_by_another_rank():
-                sys.exit(1)
         raise
 
 

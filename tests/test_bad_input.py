@@ -124,11 +124,12 @@ def test_a_checkpoint_of_another_model_or_order_is_refused(folder):
     recipe = make_recipe(folder, training__steps=2)
     launch(recipe, ranks=1)
     other = {**LLAMA, "hidden_size": 64}
-    assert "another model" in fails(make_recipe(folder, training__steps=4, model__language_model__config=other))
-    assert "global batch differ" in fails(make_recipe(folder, training__steps=4, training__global_batch_size=4))
-    assert "parameters trained then and not now" in fails(
-        make_recipe(folder, training__steps=4, model__vision_tower__train="frozen")
-    )
+    allow = "--allow-change"
+    assert "another model" in fails(make_recipe(folder, training__steps=4, model__language_model__config=other), allow)
+    smaller = make_recipe(folder, training__steps=4, training__global_batch_size=4)
+    assert "global batch differ" in fails(smaller, allow)
+    frozen = make_recipe(folder, training__steps=4, model__vision_tower__train="frozen")
+    assert "parameters trained then and not now" in fails(frozen, allow)
     assert "of another model" in fails(
         make_recipe(folder, "third", model__init_from=str(folder / "runs" / "run"), model__language_model__config=other)
     )

@@ -141,12 +141,14 @@ def test_consolidated_weights_equal_those_of_deepspeed_s_own_tool(world, tmp_pat
         f"""
         from medvlm.config.load import load_recipe
         from medvlm.training import checkpoint, distributed, setup, step
+        from medvlm.training.guard import Guard
 
         distributed.start()
         session = setup.start(load_recipe({str(recipe)!r}))
-        loader = step.batches_from(session, 0, 1)
+        loader = step.batches_from(session, [0])
         batches = [next(loader) for _ in range(session.accumulation)]
-        step.update(session, 0, batches, step.exchange_counts(batches, False, False), [])
+        counts = step.exchange_counts(batches, None, False)
+        step.update(session, 0, batches, counts, Guard(session.run, session.config.training, 0))
         checkpoint.save(session.engine, session.run, 1, session.manifest, 1)
         session.engine.save_checkpoint({str(tmp_path)!r}, tag="its")
         """,

@@ -39,11 +39,18 @@ def clip_by_global_norm(model: torch.nn.Module) -> float:
 
 
 def plain_pytorch(
-    recipe: Path, build=initialised, optimizer=torch.optim.AdamW, clip=clip_by_global_norm, rates=None, after=None
+    recipe: Path,
+    build=initialised,
+    optimizer=torch.optim.AdamW,
+    clip=clip_by_global_norm,
+    rates=None,
+    after=None,
+    leave_out=(),
 ) -> list[dict]:
     """The same run without DeepSpeed, ranks, micro-batches or the loop: one padded batch and one backward a step.
 
-    ``rates``: learning rates of the groups by step; ``after`` sees the model after each update.
+    ``rates``: learning rates of the groups by step; ``after`` sees the model after each update;
+    ``leave_out``: steps, from 0, without one.
     """
     config = load_recipe(str(recipe))
     parts = build_components(config.model)
@@ -66,7 +73,8 @@ def plain_pytorch(
         updates.zero_grad(set_to_none=False)
         loss.backward()
         norm = clip(model)
-        updates.step()
+        if step not in leave_out:
+            updates.step()
         if after:
             after(model)
         rows.append({"loss": float(loss), "grad_norm": norm, "batch_digest": digest(batch.keys)})

@@ -50,12 +50,13 @@ class Zygote:
         timeout: float = 300,
         script: str = "",
         file_size: int | None = None,
+        grace: float = 10,
         **environment: str,
     ) -> Done:
         """Run ``medvlm ARGUMENTS``, or a Python ``script`` file, on ``ranks`` ranks (None: outside of any launcher).
 
         ``file_size``: bytes at which every file is cut, as by a full disk.
-        As torchrun does, ends the others when one fails; the status is that of the first that failed.
+        As torchrun does, ends the others, ``grace`` seconds after one has failed; the status is that of the first.
         """
         assert self.process.stdin and self.process.stdout
         with tempfile.TemporaryDirectory() as folder:
@@ -65,6 +66,7 @@ class Zygote:
                 "ranks": ranks,
                 "timeout": timeout,
                 "file_size": file_size,
+                "grace": grace,
                 "environment": environment,
                 "folder": folder,
             }
@@ -124,7 +126,7 @@ def _run(request: dict) -> int:
             code = os.waitstatus_to_exitcode(status)
             children.pop(pid, None)
             if code and not failed:
-                failed, grace = code, time.monotonic() + 10
+                failed, grace = code, time.monotonic() + request["grace"]
         elif time.monotonic() > grace:
             failed = failed or 124
             for child in children:

@@ -226,6 +226,17 @@ class Optimizer(Section):
     """Muon's."""
 
 
+class Spike(Section):
+    """A loss or gradient norm out of proportion to the median of the last ``window`` updates."""
+
+    loss_factor: float | None = Field(default=2.0, gt=1)
+    grad_norm_factor: float | None = Field(default=10.0, gt=1)
+    window: int = Field(default=100, gt=1)
+    """Updates before the first judgement, and in the median."""
+    action: Literal["warn", "skip", "rollback"] = "warn"
+    """``rollback`` goes back to the newest checkpoint and leaves out the steps from there to the spike."""
+
+
 class Training(Section):
     zero: str = "zero3"
     """A file of ``ds_configs/`` by name, or a path."""
@@ -259,6 +270,13 @@ class Training(Section):
     """Steps of which rank 0 writes a Chrome trace, after the first two."""
     stop_after: int | None = Field(default=None, gt=0)
     """Stop at this step, with a checkpoint, as an interruption would; the schedule stays that of the whole run."""
+    non_finite: Literal["stop", "skip"] = "stop"
+    """A step whose loss or gradient is not finite never changes the weights: stop there, or go on with the next."""
+    spike: Spike | None = None
+    max_skipped: int = Field(default=20, ge=0)
+    """Updates left out by ``non_finite`` and ``spike`` before the run stops."""
+    collective_timeout: float = Field(default=600, gt=0, le=3600)
+    """Seconds without a step forward after which the run ends and names the rank that the others wait for."""
 
     @model_validator(mode="after")
     def _one_length(self) -> "Training":

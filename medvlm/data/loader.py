@@ -199,14 +199,18 @@ class MicroBatches(Dataset):
 
 
 def load_batches(
-    dataset: MicroBatches, items: Iterator[Sequence[tuple[int, int | None]]], workers: int
+    dataset: MicroBatches, items: Iterator[Sequence[tuple[int, int | None]]], workers: int, timeout: float = 0
 ) -> Iterator[Batch]:
-    """Batches in the order of ``items``, read ahead by ``workers`` processes (0: in this one)."""
+    """Batches in the order of ``items``, read ahead by ``workers`` processes (0: in this one).
+
+    Raises RuntimeError where workers give none for ``timeout`` seconds (0: for ever), or one of them dies.
+    """
     loader: DataLoader = DataLoader(
         dataset,
         sampler=items,  # type: ignore[arg-type]  # any iterable of index lists serves a map-style dataset
         batch_size=None,
         num_workers=workers,
+        timeout=timeout if workers else 0,
         pin_memory=torch.cuda.is_available(),
         multiprocessing_context="fork" if workers else None,
         worker_init_fn=_one_thread if workers else None,

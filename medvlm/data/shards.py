@@ -297,7 +297,7 @@ class ShardReader:
             try:
                 return os.pread(self._file(shard), size, start)
             except OSError as error:
-                raise UserError(f"{tar}: cannot be read at byte {start} ({error})") from None
+                raise StorageError(f"{tar}: cannot be read at byte {start} ({error})") from None
         if self.cache is not None:
             return self.cache.read(tar, start, size, described.size, described.digest)
         data, total = read_range(tar, start, size)

@@ -2,6 +2,7 @@
 
 import os
 import warnings
+from datetime import timedelta
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,9 @@ import deepspeed  # noqa: E402  (reads DS_ACCELERATOR when imported)
 from deepspeed import comm  # noqa: E402
 
 from medvlm.errors import UserError  # noqa: E402
+
+# Of a collective, in the backend. Longer than any limit of `watch`, which is to notice first and knows more.
+TIMEOUT = timedelta(hours=2)
 
 
 def start() -> None:
@@ -38,7 +42,8 @@ def start() -> None:
         if os.environ["WORLD_SIZE"] != "1":
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["WORLD_SIZE"])))
     try:
-        deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo", verbose=False)
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        deepspeed.init_distributed(backend, verbose=False, timeout=TIMEOUT)
     except torch.distributed.DistNetworkError as error:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         if "EADDRINUSE" in str(error):

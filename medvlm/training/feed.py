@@ -53,8 +53,13 @@ def accumulation_steps(config: RunConfig, world: int) -> int:
     """Micro-steps of a step. Raises UserError where the batch cannot be shared evenly."""
     micro, batch = config.training.micro_batch_size, config.training.global_batch_size
     if batch % (micro * world):
+        below = batch - batch % (micro * world)
+        sizes = " or ".join(str(size) for size in (below, below + micro * world) if size)
+        ranks = [n for n in range(1, batch // micro + 1) if batch % (micro * n) == 0]
+        near = sorted(sorted(ranks, key=lambda n: abs(n - world))[:2])
         raise UserError(
-            f"training.global_batch_size: {batch} is not a multiple of micro_batch_size {micro} x {world} rank(s)"
+            f"training.global_batch_size: {batch} is not a multiple of micro_batch_size {micro} x {world} rank(s); "
+            f"the nearest that are: {sizes}" + (f", or {' or '.join(map(str, near))} rank(s)" if near else "")
         )
     return batch // (micro * world)
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from medvlm.config.schema import RunConfig
 from medvlm.errors import UserError
+from medvlm.training import preemption
 from medvlm.training.trackers import shout
 
 PATIENCE = 10  # seconds that a notification may take
@@ -27,6 +28,8 @@ def announced(train: Callable[..., int]) -> Callable[..., int]:
         begun = time.time()
         try:
             status = train(config, *arguments, **options)
+        except preemption.Preempted:  # before the first step: the run is where it was
+            raise
         except BaseException as error:
             _failed(config, error, begun)
             raise

@@ -1,88 +1,160 @@
-"""The training loop over the DeepSpeed engine. One function reads top to bottom: :func:`train`."""
+"""The training loop over the DeepSpeed engine. Read :func:`train`, then :func:`_advance`."""
 
-import signal
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from medvlm.config.schema import RunConfig
-from medvlm.training import checkpoint, distributed
+from medvlm.errors import UserError
+from medvlm.training import checkpoint, distributed, preemption, validation, watch
+from medvlm.training.boundary import Interrupted, Stop
 from medvlm.training.gauges import Gauges
+from medvlm.training.guard import Guard
 from medvlm.training.lifecycle import announced
 from medvlm.training.meters import Meters, print_parts
-from medvlm.training.setup import make_saver, start, write_run_files
-from medvlm.training.step import Quarantine, batches_from, exchange_counts, record, update
+from medvlm.training.setup import Session, make_saver, start, write_run_files
+from medvlm.training.step import Quarantine, batches_from, exchange_counts, read, record, update
 from medvlm.training.trace import Trace
 from medvlm.training.trackers import Trackers
-from medvlm.training.validation import evaluation_loss
 
-PREEMPTED = 85  # exit code: a checkpoint was written, start again to go on
+
+def run(config: RunConfig, *, before: Callable[[], None] | None = None, allow_change: bool = False) -> int:
+    """Train on all ranks, watched over. ``before`` is for rank 0, as preparing data. Returns the exit status.
+
+    Where a rank fails, the process ends here, with the status of the first failure.
+    """
+    with watch.over_ranks():
+        watch.set_timeout(config.training.collective_timeout)
+        if before and distributed.rank() == 0:
+            before()
+        distributed.barrier()
+        return train(config, allow_change)
+
+
+@dataclass
+class Parts:
+    """What accompanies a session through its steps; ``meters`` on rank 0."""
+
+    guard: Guard
+    quarantine: Quarantine
+    saver: checkpoint.Saver
+    gauges: Gauges
+    trace: Trace
+    meters: Meters | None
+
+    def write(self, line: dict[str, Any]) -> None:
+        if self.meters:
+            self.meters.write(line)
+
+    def close(self, finished: bool = True) -> None:
+        self.trace.close()
+        self.gauges.close()
+        if self.meters:
+            self.meters.close(finished)
 
 
 @announced
-def train(config: RunConfig) -> int:
+def train(config: RunConfig, allow_change: bool = False) -> int:
     """Train a run to its end, or to the checkpoint that an interruption asks for. Returns the process's exit status."""
-    signals = _catch_signals()
-    session = start(config)
-    gauges = Gauges(session)
-    run, training, plan, step = session.run, config.training, session.plan, session.step
-    meters = None
+    session = start(config, allow_change)
+    gauges, begun = Gauges(session), session.step
+    preemption.wait_for_boundaries()
     if distributed.rank() == 0:
         print_parts(session.summaries)
         write_run_files(session)
         print(session.describe(), flush=True)
-        if plan.packing:
-            print(plan.advice(), flush=True)
+        if session.plan.packing:
+            print(session.plan.advice(), flush=True)
         print(gauges.peak.line(), flush=True)
-        meters = Meters(run, step, session.total, Trackers(config, step))
-
-    last = min(session.total, training.stop_after or session.total)
-    loader = batches_from(session, step, last)
-    quarantine = Quarantine(session)
-    saver = make_saver(session)
-    trace = Trace(run / "trace.json", training.profile if distributed.rank() == 0 else None)
-    for packs in plan.global_batches(step, last):
-        numbers = [number for pack in packs for number, _ in pack]
-        started = gauges.start()
-        batches = [next(loader) for _ in range(session.accumulation)]
-        data_seconds = time.perf_counter() - started
-        counts = exchange_counts(batches, bool(signals), saver.ready, gauges.windows)
-        if counts.written == distributed.world_size():
-            saver.finish()
-        quarantine.check(step, batches, counts, len(numbers))
-        keys = session.data.reader.keys(numbers)
-        values = update(session, step, batches, counts, keys, gauges.phases)
-        step += 1
-        measured = gauges.measure(step, counts, started, data_seconds)
-        if meters:
-            values |= record(session, counts, len(packs), keys)
-            meters.write({"step": step, "epoch": plan.epoch(step - 1), **values, **measured})
-        trace.step()
-        if counts.interrupted or step == last or step % training.checkpoint_every == 0:
-            saver.save(step)
-        if counts.interrupted:
-            trace.close()
-            gauges.close()
-            saver.wait()
-            if meters:
-                meters.close(finished=False)
-                print(f"interrupted: checkpoint of step {step} written; start again to go on", flush=True)
-            return PREEMPTED
-        due = step == session.total or (training.evaluate_every and step % training.evaluate_every == 0)
-        if config.data.validation and due:
-            value = evaluation_loss(session)
-            if meters:
-                meters.write({"step": step, "eval_loss": value})
-    trace.close()
-    gauges.close()
-    saver.wait()
-    if meters:
-        meters.close()
-        print(f"{config.run.name}: finished at step {step}, {checkpoint.newest(run)}", flush=True)
+    trace = Trace(session.run / "trace.json", config.training.profile if distributed.rank() == 0 else None)
+    guard = Guard(session.run, config.training, session.step)
+    parts = Parts(guard, Quarantine(session), make_saver(session), gauges, trace, _meters(session))
+    last = min(session.total, config.training.stop_after or session.total)
+    try:
+        if validation.was_interrupted(session):
+            _evaluate(session, parts)
+        while session.step < last:
+            _advance(session, parts, last)
+    except Stop as stop:
+        saved = session.step > begun
+        if saved:
+            watch.enter("writing the last checkpoint", session.step)
+            parts.saver.save(session.step)
+            parts.saver.wait()
+        if not isinstance(stop, Interrupted):
+            raise UserError(f"{stop} (saved at step {session.step})" if saved else str(stop)) from None
+        preemption.ignore_signals()
+        parts.close(finished=False)
+        if parts.meters:
+            print(f"interrupted: checkpoint of step {session.step} written; start again to go on", flush=True)
+        return preemption.STATUS
+    watch.enter("waiting for the last checkpoint", session.step)
+    parts.saver.wait()
+    parts.close()
+    if parts.meters:
+        print(f"{config.run.name}: finished at step {session.step}, {checkpoint.newest(session.run)}", flush=True)
     return 0
 
 
-def _catch_signals() -> list[int]:
-    """Numbers of the interruption signals received, filled as they come and polled at each step."""
-    received: list[int] = []
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, lambda signum, _: received.append(signum))
-    return received
+def _advance(session: Session, parts: Parts, last: int) -> None:
+    """Take the steps up to ``last``; returns before that after a rollback."""
+    training, plan, first = session.config.training, session.plan, session.step
+    left_out = parts.guard.left_out(first, last)
+    loader = batches_from(session, (step for step in range(first, last) if step not in left_out))
+    for step, packs in enumerate(plan.global_batches(first, last), first):
+        numbers = [number for pack in packs for number, _ in pack]
+        line: dict[str, Any] = {"step": step + 1, "epoch": plan.epoch(step)}
+        if step in left_out:
+            line["skipped"] = left_out[step]
+        else:
+            keys = session.data.reader.keys(numbers)
+            started = parts.gauges.start()
+            watch.enter("reading its batch", step + 1, tuple(keys))
+            batches, trouble = read(loader, session.accumulation)
+            data_seconds = time.perf_counter() - started
+            watch.enter("exchange of counts", step + 1, tuple(keys))
+            counts = exchange_counts(batches, trouble, parts.saver.ready, parts.gauges.windows)
+            if counts.written == distributed.world_size():
+                parts.saver.finish()
+            parts.quarantine.check(step, batches, counts, len(numbers))
+            watch.enter("forward, backward and update", step + 1, tuple(key for b in batches for key in b.keys))
+            values, verdict, suspects = update(session, step, batches, counts, parts.guard, parts.gauges.phases)
+            if verdict:
+                if verdict.action == "rollback":
+                    parts.saver.wait()
+                back = parts.guard.decide(step, verdict, suspects, keys)
+                if back:
+                    return _roll_back(session, parts, back)
+            line |= values | record(session, counts, len(packs), keys)
+            line |= parts.gauges.measure(step + 1, counts, started, data_seconds)
+            parts.trace.step()
+        session.step = step + 1
+        parts.write(line)
+        if session.step == last or session.step % training.checkpoint_every == 0:
+            watch.enter("copying its checkpoint", session.step)
+            parts.saver.save(session.step)
+        if validation.is_due(session):
+            _evaluate(session, parts)
+
+
+def _evaluate(session: Session, parts: Parts) -> None:
+    parts.write({"step": session.step, "eval_loss": validation.evaluation_loss(session)})
+
+
+def _roll_back(session: Session, parts: Parts, back: Path) -> None:
+    """Weights and moments of an earlier checkpoint; the guard knows which steps to leave out from there."""
+    watch.enter("rollback", session.step)
+    session.step = checkpoint.resume(session.engine, back, session.manifest)
+    parts.guard.begin(session.step)
+    if parts.meters:
+        parts.meters.close(finished=False)
+        parts.meters = _meters(session)
+
+
+def _meters(session: Session) -> Meters | None:
+    """Rank 0's; lines of steps that are taken again are dropped."""
+    if distributed.rank():
+        return None
+    return Meters(session.run, session.step, session.total, Trackers(session.config, session.step))

@@ -28,7 +28,8 @@ class Meters:
     def __init__(self, folder: Path, start: int, total: int, trackers: Trackers):
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "metrics.jsonl"
-        kept = [line for line in path.read_text().splitlines() if _step(line) <= start] if path.exists() else []
+        whole = path.read_text().split("\n")[:-1] if path.exists() else []  # a kill may cut the last line short
+        kept = [line for line in whole if _step(line) <= start]
         path.write_text("".join(f"{line}\n" for line in kept))
         self.file = path.open("a")
         self.trackers = trackers
@@ -50,12 +51,12 @@ class Meters:
         self.file.flush()
         step = record["step"]
         self.trackers.log(record)
-        if "loss" in record:
+        if "loss" in record and "grad_norm" in record:
             status = f"loss {record['loss']:.4f}  {record['tokens_per_second']:.0f} tokens/s  MFU {record['mfu']:.1%}"
             self.progress.update(self.task, completed=step, status=status)
             if self.progress.disable and (step == 1 or step % max(1, self.total // 20) == 0 or step == self.total):
                 print(f"step {step}/{self.total}  {status}  grad norm {record['grad_norm']:.3f}", flush=True)
-        else:
+        elif "eval_loss" in record:
             print(f"step {step}  evaluation loss {record['eval_loss']:.4f}", flush=True)
 
     def close(self, finished: bool = True) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 import yaml
 
+from medvlm.config.changes import check_changes
 from medvlm.config.load import deepspeed_config_path
 from medvlm.config.schema import RunConfig
 from medvlm.data.loader import MicroBatches
@@ -20,6 +21,7 @@ from medvlm.models.trainable import PartSummary, apply_trainable
 from medvlm.training import checkpoint, distributed, lifecycle, trackers
 from medvlm.training.engine import lift_scalars
 from medvlm.training.feed import accumulation_steps, count_lengths, make_plan, needs_lengths, training_data
+from medvlm.training.guard import Gate
 from medvlm.training.optimizer import make_optimizer, parameter_groups, rates
 from medvlm.training.run_lock import lock_run
 from medvlm.training.schedule import Rate
@@ -27,7 +29,7 @@ from medvlm.training.schedule import Rate
 
 @dataclass
 class Session:
-    """What :func:`start` makes. ``step`` counts the updates already made, by the run that is continued."""
+    """What :func:`start` makes. ``step`` counts the updates made so far."""
 
     config: RunConfig
     parts: Components
@@ -35,6 +37,7 @@ class Session:
     plan: Plan
     engine: Any
     optimizer: Any
+    gate: Gate
     summaries: list[PartSummary]
     rates: list[Rate]
     owners: dict[int, str]
@@ -63,8 +66,11 @@ class Session:
         )
 
 
-def start(config: RunConfig) -> Session:
-    """Build a run, or continue it from its newest checkpoint. All ranks call this."""
+def start(config: RunConfig, allow_change: bool = False) -> Session:
+    """Build a run, or continue it from its newest checkpoint. All ranks call this.
+
+    ``allow_change``: continue although the recipe computes something else than it did before.
+    """
     trackers.check(config.run.trackers)
     ds_config = deepspeed_config(config, distributed.world_size())
     lock_run(config.run.dir)
@@ -72,6 +78,10 @@ def start(config: RunConfig) -> Session:
         checkpoint.clean(config.run.dir)
     distributed.barrier()
     found = checkpoint.to_resume(config.run.dir, config.run.resume)
+    if found:
+        changes = check_changes(checkpoint.read_manifest(found)["config"], config, allow_change)
+        if changes and distributed.rank() == 0:
+            print(f"changed since {found.name}: {'; '.join(changes)}", flush=True)
 
     parts = build_components(config.model)
     data = training_data(config, parts)
@@ -89,9 +99,8 @@ def start(config: RunConfig) -> Session:
     owners = {id(p): group["name"] for group in groups for p in group["params"]}
     total = total_steps(config, plan)
     group_rates = rates(groups, config, total)
-    engine, optimizer, *_ = distributed.deepspeed.initialize(
-        model=model, optimizer=make_optimizer(groups, config, stage, offload_device(ds_config)), config=ds_config
-    )
+    given = make_optimizer(groups, config, stage, offload_device(ds_config))
+    engine, optimizer, *_ = distributed.deepspeed.initialize(model=model, optimizer=given, config=ds_config)
     manifest = {
         **checkpoint.identity(engine, config.model, parts.vocabulary_grown),
         "bf16": precision(config) == torch.bfloat16,
@@ -105,6 +114,7 @@ def start(config: RunConfig) -> Session:
         plan=plan,
         engine=engine,
         optimizer=optimizer,
+        gate=Gate(engine, given),
         summaries=summaries,
         rates=group_rates,
         owners=owners,

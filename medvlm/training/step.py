@@ -2,7 +2,8 @@
 
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -15,59 +16,81 @@ from medvlm.data.plan import Draw
 from medvlm.errors import UserError
 from medvlm.models.trainable import part_config
 from medvlm.training import distributed
+from medvlm.training.boundary import Stop, sum_and_agree
 from medvlm.training.flops import attended_pairs
 from medvlm.training.gradients import clip_parts, part_norms
+from medvlm.training.guard import Guard, Verdict
 from medvlm.training.schedule import by_part, learning_rates
 from medvlm.training.setup import Session
 
 
 @dataclass
 class Counts:
-    """Of a step's batches, summed over ranks. ``interrupted`` is the number of ranks that got a signal, ``written`` of
-    those whose part of a pending checkpoint is on the disk, ``pairs`` of tokens that attend, by window."""
+    """Of a step's batches, summed over ranks. ``written`` is the number of ranks whose part of a pending checkpoint is
+    on the disk, ``pairs`` of tokens that attend, by window."""
 
     supervised: int
     tokens: int
     slots: int
     images: int
     quarantined: int
-    interrupted: int
     written: int
     pairs: dict[int | None, int]
 
 
-def batches_from(session: Session, step: int, last: int) -> Iterator[Batch]:
-    """This rank's micro-batches of the steps ``step`` to ``last``, read ahead by the loader's workers."""
+def batches_from(session: Session, steps: Iterable[int]) -> Iterator[Batch]:
+    """This rank's micro-batches of the steps, read ahead by the loader's workers."""
     rank, world = distributed.rank(), distributed.world_size()
-    micro = session.config.training.micro_batch_size
+    training, workers = session.config.training, session.config.data.workers
 
     def work() -> Iterator[Sequence[Draw]]:
-        for packs in session.plan.global_batches(step, last):
-            for share in session.plan.share(packs, rank, world, micro, session.accumulation):
+        for step in steps:
+            packs = session.plan.global_batch_at(step)
+            for share in session.plan.share(packs, rank, world, training.micro_batch_size, session.accumulation):
                 yield [draw for pack in share for draw in pack]
 
-    return load_batches(session.data, work(), session.config.data.workers)
+    return load_batches(session.data, work(), workers, training.collective_timeout / 2)
+
+
+def read(loader: Iterator[Batch], count: int) -> tuple[list[Batch], str | None]:
+    """The next batches, fewer where the storage fails (or a worker does), and then the reason."""
+    batches: list[Batch] = []
+    try:
+        while len(batches) < count:
+            batches.append(next(loader))
+    except (UserError, OSError, RuntimeError) as error:
+        return batches, reason_of(error)
+    return batches, None
+
+
+def reason_of(error: Exception) -> str:
+    """An error's sentence, also where it comes from a worker with a traceback around it."""
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    kind, text = type(error).__name__, lines[-1] if lines else ""
+    if isinstance(error, UserError):
+        return re.sub(r"^[\w.]+Error: ", "", text)
+    return f"{kind}: {text}"
 
 
 def exchange_counts(
-    batches: Sequence[Batch], interrupted: bool, written: bool, windows: Sequence[int | None] = ()
+    batches: Sequence[Batch], trouble: str | None, written: bool, windows: Sequence[int | None] = ()
 ) -> Counts:
-    """What a step exchanges before its forward pass: the tokens its loss is divided by, who wants to stop, who has
-    written its part of a checkpoint."""
-    values = distributed.sum_over_ranks(
+    """What a step exchanges before its forward pass: the tokens its loss is divided by, who has trouble or got a signal
+    (raises `boundary.Stop`), who has written its part of a checkpoint."""
+    values = sum_and_agree(
         [
             sum(b.supervised_tokens for b in batches),
             sum(b.tokens for b in batches),
             sum(b.input_ids.numel() for b in batches),
             sum(b.pixel_values.shape[0] for b in batches),
             sum(len(b.quarantined) for b in batches),
-            float(interrupted),
             float(written),
             *(sum(attended_pairs(b.lengths, window) for b in batches) for window in windows),
-        ]
+        ],
+        trouble,
     )
-    supervised, tokens, slots, images, quarantined, stops, done, *pairs = map(int, values)
-    return Counts(supervised, tokens, slots, images, quarantined, stops, done, dict(zip(windows, pairs, strict=True)))
+    supervised, tokens, slots, images, quarantined, done, *pairs = map(int, values)
+    return Counts(supervised, tokens, slots, images, quarantined, done, dict(zip(windows, pairs, strict=True)))
 
 
 class Quarantine:
@@ -85,7 +108,7 @@ class Quarantine:
         self.seen, self.quarantined = self.seen + samples, self.quarantined + counts.quarantined
         # a share of few samples says little, so the first hundred are let pass, unless nothing is left of them
         if self.quarantined > self.limit * max(self.seen, 100) or not counts.supervised:
-            raise UserError(
+            raise Stop(
                 f"step {step + 1}: {self.quarantined} of {self.seen} samples were quarantined, {counts.supervised} "
                 f"supervised tokens are left in this batch; data.max_quarantined is {self.limit}, the "
                 f"reasons are in {self.run}/quarantine-rank*.jsonl"
@@ -97,17 +120,21 @@ def update(
     step: int,
     batches: Sequence[Batch],
     counts: Counts,
-    keys: Sequence[str],
+    guard: Guard,
     phase: Callable[[str], AbstractContextManager[Any]] = nullcontext,
-) -> dict[str, Any]:
-    """Train on the step's batches; returns loss, gradient norm and learning rates. A NaN loss raises UserError."""
+) -> tuple[dict[str, Any], Verdict | None, list[str]]:
+    """Train on the step's batches, unless the guard refuses.
+
+    Returns loss, gradient norm and learning rates; the guard's verdict; and the keys of this rank's batches whose loss
+    is not finite.
+    """
     engine, world, training = session.engine, distributed.world_size(), session.config.training
     device = distributed.device()
     rates = learning_rates(step, session.total, session.rates, training)
     for group, rate in zip(session.optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
     torch.manual_seed((session.config.run.seed * 1_000_003 + step) * 65_537 + distributed.rank())
-    loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+    losses = []
     for n, batch in enumerate(batches):
         with phase("forward"):
             loss = engine(**batch.inputs(device))
@@ -115,23 +142,25 @@ def update(
         # global count, so that every supervised token weighs the same.
         with phase("backward"):
             engine.backward(loss * (world * session.accumulation / counts.supervised))
-        loss_sum += loss.detach()
+        losses.append(loss.detach())
         if n + 1 < session.accumulation:
             engine.step()
-    mean_loss = distributed.sum_over_ranks([loss_sum.item()])[0] / counts.supervised
-    if not math.isfinite(mean_loss):
-        some = ", ".join(keys[:8])
-        raise UserError(f"step {step + 1}: the loss is {mean_loss}; no update was made; the batch is {some} ...")
+    mine = torch.stack(losses).double().tolist()
+    mean_loss = distributed.sum_over_ranks([sum(mine)])[0] / counts.supervised
     with phase("optimizer"):
-        parts = clip_by_part(session)
-        grad_norm = _plain_grad_norm(engine) if session.stage == 0 else None
-        engine.step()
-    return {
-        "loss": mean_loss,
-        "grad_norm": float(engine.get_global_grad_norm()) if grad_norm is None else grad_norm,
-        **({"grad_norms": parts} if parts else {}),
-        "lr": by_part(session.rates, rates),
-    }
+        parts = {part: value for part, value in clip_by_part(session).items() if math.isfinite(value)}
+        known_norm = _plain_grad_norm(engine) if session.stage == 0 else None
+        norm, verdict = session.gate.step(lambda norm: guard.judge(step, mean_loss, norm), known_norm)
+    values: dict[str, Any] = {"loss": mean_loss, "grad_norm": norm}
+    values = {name: value for name, value in values.items() if math.isfinite(value)}  # JSON has no NaN
+    values |= {"grad_norms": parts} if parts else {}
+    values["lr"] = by_part(session.rates, rates)
+    if verdict:
+        values["spike" if verdict.action == "warn" else "skipped"] = verdict.reason
+    if not verdict or verdict.action == "warn":
+        guard.history.append((mean_loss, norm))
+    suspects = [key for b, loss in zip(batches, mine, strict=True) if not math.isfinite(loss) for key in b.keys]
+    return values, verdict, suspects
 
 
 def clip_by_part(session: Session) -> dict[str, float]:

@@ -5,7 +5,7 @@ state. Frozen weights are stored once per run, or, where a pretrained folder giv
 numbers and the data's position need no state: both are functions of the step. `docs/resume.md` describes the files.
 """
 
-from medvlm.training.checkpoint.folder import checkpoints, clean, fingerprint, newest, read_manifest, to_resume
+from medvlm.training.checkpoint.folder import checkpoints, clean, fingerprint, newest, read_manifest, step_of, to_resume
 from medvlm.training.checkpoint.loading import load_weights, resume
 from medvlm.training.checkpoint.pieces import Weights, consolidate
 from medvlm.training.checkpoint.saving import Saver, identity, save
@@ -25,5 +25,6 @@ __all__ = [
     "read_manifest",
     "resume",
     "save",
+    "step_of",
     "to_resume",
 ]
