@@ -10,13 +10,14 @@ from typing import Annotated
 
 import typer
 
-from medvlm import cli_checkpoint, cli_shards
+from medvlm import cli_checkpoint, cli_runs, cli_shards
 from medvlm.errors import UserError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 prepare_app = typer.Typer(no_args_is_help=True, help="Turn data sets into shards.")
 app.add_typer(cli_shards.app, name="shards")
 app.add_typer(cli_checkpoint.app, name="checkpoint")
+app.add_typer(cli_runs.app, name="runs")
 app.add_typer(prepare_app, name="prepare")
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]

@@ -97,6 +97,8 @@ def whole_command():
 
 def parse(command, words: list[str]) -> None:
     """Walk down to the subcommand and parse its options, without running it. Raises as the command line would."""
+    if hasattr(command, "with_default"):
+        words = command.with_default(words)
     if hasattr(command, "commands"):
         assert words and words[0] in command.commands, f"no command {' '.join(words[:1])!r} in {command.name}"
         parse(command.commands[words[0]], words[1:])
@@ -248,7 +250,7 @@ def settings(model: type[BaseModel], prefix: str = "") -> dict[str, object]:
 
 def test_train_page_lists_every_setting_with_its_default():
     rows = re.findall(r"^\| `([a-z_.]+)` \| ([^|]*) \|", (REPO / "docs" / "train.md").read_text(), re.M)
-    documented = {key: default.strip() for key, default in rows if not key.endswith((".yaml", ".jsonl"))}
+    documented = {key: default.strip() for key, default in rows if not key.endswith((".yaml", ".json", ".jsonl"))}
     actual = settings(RunConfig)
     assert sorted(documented) == sorted(actual)
     for key, default in actual.items():

@@ -27,9 +27,17 @@ ALLOWED = {
     "medvlm.export": {"medvlm.errors", "medvlm.config", "medvlm.data", "medvlm.models", "medvlm.training.checkpoint"},
     "medvlm.cli": {
         *("medvlm.errors", "medvlm.config", "medvlm.data", "medvlm.training", "medvlm.export"),
-        *("medvlm.inference", "medvlm.evaluation", "medvlm.cli_checkpoint", "medvlm.cli_shards", "data_prep"),
+        *(
+            "medvlm.inference",
+            "medvlm.evaluation",
+            "medvlm.cli_checkpoint",
+            "medvlm.cli_runs",
+            "medvlm.cli_shards",
+            "data_prep",
+        ),
     },
     "medvlm.cli_checkpoint": {"medvlm.errors", "medvlm.training"},
+    "medvlm.cli_runs": {"medvlm.errors", "medvlm.training"},
     "medvlm.cli_shards": {"medvlm.errors", "medvlm.config", "medvlm.data", "medvlm.models", "medvlm.training"},
     "data_prep": {
         *("medvlm.errors", "medvlm.data.schema", "medvlm.data.shards", "medvlm.data.dicom", "medvlm.data.nifti"),
