@@ -27,14 +27,8 @@ ALLOWED = {
     "medvlm.export": {"medvlm.errors", "medvlm.config", "medvlm.data", "medvlm.models", "medvlm.training.checkpoint"},
     "medvlm.cli": {
         *("medvlm.errors", "medvlm.config", "medvlm.data", "medvlm.training", "medvlm.export"),
-        *(
-            "medvlm.inference",
-            "medvlm.evaluation",
-            "medvlm.cli_checkpoint",
-            "medvlm.cli_runs",
-            "medvlm.cli_shards",
-            "data_prep",
-        ),
+        *("medvlm.inference", "medvlm.evaluation", "data_prep"),
+        *("medvlm.cli_checkpoint", "medvlm.cli_runs", "medvlm.cli_shards"),
     },
     "medvlm.cli_checkpoint": {"medvlm.errors", "medvlm.training"},
     "medvlm.cli_runs": {"medvlm.errors", "medvlm.training"},
