@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from medvlm import cli_checkpoint, cli_runs, cli_shards
+from medvlm import cli_checkpoint, cli_plan, cli_runs, cli_shards
 from medvlm.errors import UserError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
@@ -19,6 +19,7 @@ app.add_typer(cli_shards.app, name="shards")
 app.add_typer(cli_checkpoint.app, name="checkpoint")
 app.add_typer(cli_runs.app, name="runs")
 app.add_typer(prepare_app, name="prepare")
+app.command("plan")(cli_plan.plan)
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 
@@ -33,6 +34,9 @@ def train(
         bool, typer.Option(help="Continue a run although its data, model or optimisation differ from before.")
     ] = False,
     tiny: Annotated[bool, typer.Option(help="Small random backbones and phantom data: a minute on a laptop.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Rehearse a step without GPU, weights or data.")] = False,
+    ranks: Annotated[int, typer.Option(min=1, help="Of a dry run.")] = 1,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a dry run as JSON.")] = False,
 ) -> None:
     """Train a recipe. Start it through launchers/ for several ranks; alone it is one rank."""
     from medvlm.training import preemption
@@ -49,6 +53,11 @@ def train(
             import yaml
 
             print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), end="")
+            return 0
+        if dry_run:
+            from medvlm.planning import dry_run as rehearsal
+
+            rehearsal.dry_run(config, ranks, as_json)
             return 0
         from medvlm.training import loop
 

@@ -107,7 +107,7 @@ def parse(command, words: list[str]) -> None:
 
 
 def check_training(words: list[str]) -> None:
-    recipe, *rest = [word for word in words if not word.startswith("-")]
+    recipe, *rest = [word for word in words if not word.startswith("-") and not word.isdigit()]  # a number of ranks
     if recipe.endswith(".yaml"):
         recipe = next(iter(example_recipes()))
     load_recipe(recipe, rest, tiny_values(recipe) if "--tiny" in words else None)

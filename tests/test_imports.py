@@ -25,10 +25,13 @@ ALLOWED = {
     "medvlm.evaluation": {"medvlm.errors", "medvlm.data", "medvlm.inference"},
     "medvlm.export.verify": set(),  # runs in a fresh process, through unmodified transformers
     "medvlm.export": {"medvlm.errors", "medvlm.config", "medvlm.data", "medvlm.models", "medvlm.training.checkpoint"},
+    # rehearses the very code of a training; training asks it through a process of its own
+    "medvlm.planning": {"medvlm.errors", "medvlm.config", "medvlm.data", "medvlm.models", "medvlm.training"},
+    "medvlm.cli_plan": {"medvlm.errors", "medvlm.config", "medvlm.planning"},
     "medvlm.cli": {
         *("medvlm.errors", "medvlm.config", "medvlm.data", "medvlm.training", "medvlm.export"),
-        *("medvlm.inference", "medvlm.evaluation", "data_prep"),
-        *("medvlm.cli_checkpoint", "medvlm.cli_runs", "medvlm.cli_shards"),
+        *("medvlm.inference", "medvlm.evaluation", "medvlm.planning", "data_prep"),
+        *("medvlm.cli_checkpoint", "medvlm.cli_plan", "medvlm.cli_runs", "medvlm.cli_shards"),
     },
     "medvlm.cli_checkpoint": {"medvlm.errors", "medvlm.training"},
     "medvlm.cli_runs": {"medvlm.errors", "medvlm.training"},

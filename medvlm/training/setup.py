@@ -18,10 +18,12 @@ from medvlm.errors import UserError
 from medvlm.models.build import Components, build_components, build_model
 from medvlm.models.lora import add_adapters
 from medvlm.models.trainable import PartSummary, apply_trainable
+from medvlm.models.vision_language_model import VisionLanguageModel
 from medvlm.training import checkpoint, distributed, lifecycle, trackers
 from medvlm.training.engine import lift_scalars
 from medvlm.training.feed import accumulation_steps, count_lengths, make_plan, needs_lengths, training_data
 from medvlm.training.guard import Gate
+from medvlm.training.memory import check_memory
 from medvlm.training.optimizer import make_optimizer, parameter_groups, rates
 from medvlm.training.run_lock import lock_run
 from medvlm.training.schedule import Rate
@@ -86,15 +88,13 @@ def start(config: RunConfig, allow_change: bool = False) -> Session:
     parts = build_components(config.model)
     data = training_data(config, parts)
     plan = make_plan(config, data, lengths_for_all_ranks(config, data))
+    check_memory(config, parts, data, ds_config)
     model = build_model(config.model, parts, precision(config), ds_config, config.run.seed)
     if config.model.init_from and not found:
         source = checkpoint.newest(Path(config.model.init_from))
         weights = checkpoint.StockWeights(checkpoint.consolidate(source), merge=True)
         checkpoint.load_weights(model, weights, str(source))
-    add_adapters(model, config.model, parts.unused_vision_parameters, config.run.seed)
-    lift_scalars(model)
-    summaries = apply_trainable(model, config.model, parts.unused_vision_parameters)
-    groups = parameter_groups(model, config)
+    summaries, groups = prepare(model, config, parts)
     stage = ds_config["zero_optimization"]["stage"]
     owners = {id(p): group["name"] for group in groups for p in group["params"]}
     total = total_steps(config, plan)
@@ -124,6 +124,14 @@ def start(config: RunConfig, allow_change: bool = False) -> Session:
         total=total,
         step=checkpoint.resume(engine, found, manifest) if found else 0,
     )
+
+
+def prepare(model: VisionLanguageModel, config: RunConfig, parts: Components) -> tuple[list[PartSummary], list[dict]]:
+    """Adapters on, the rest frozen as the recipe says; returns that in numbers, and the optimizer's groups."""
+    add_adapters(model, config.model, parts.unused_vision_parameters, config.run.seed)
+    lift_scalars(model)
+    summaries = apply_trainable(model, config.model, parts.unused_vision_parameters)
+    return summaries, parameter_groups(model, config)
 
 
 def offload_device(ds_config: dict[str, Any]) -> str:

@@ -1,0 +1,98 @@
+"""Before the model is made: will a step fit? Only where a generous bound exceeds the memory is one rehearsed.
+
+The rehearsal runs in a process of its own (`medvlm.planning.check`), since it joins a process group of its own.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+
+from medvlm.config.schema import RunConfig
+from medvlm.data.loader import MicroBatches
+from medvlm.errors import UserError
+from medvlm.models.build import Components
+from medvlm.training import distributed
+
+SAMPLES = 64
+CUDA_BASE, CPU_BASE = 2**30, 2**30  # CUDA context, NCCL and cuBLAS; Python, PyTorch and DeepSpeed
+
+
+def check_memory(config: RunConfig, parts: Components, data: MicroBatches, ds_config: dict[str, Any]) -> None:
+    """All ranks call this. Prints a warning where a step is not likely to fit; raises UserError where it cannot."""
+    said: dict[str, Any] = {"message": None, "impossible": False}
+    if distributed.rank() == 0:
+        memory, row = available(), longest_row(config, data)
+        if bound(config, parts, ds_config, distributed.world_size(), *row) > memory:
+            said = ask(config, memory, *row)
+            if said["message"] and not said["impossible"]:
+                print(f"warning: {said['message']}", file=sys.stderr, flush=True)
+    if distributed.broadcast(np.array([said["impossible"]], np.int64))[0]:
+        raise UserError(said["message"] or "memory: rank 0 found that the run cannot fit")
+
+
+def available() -> int:
+    """Bytes that this rank can have: of its GPU, or its share of the machine's memory."""
+    if torch.cuda.is_available():
+        return torch.cuda.mem_get_info(distributed.device())[0]
+    return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def longest_row(config: RunConfig, data: MicroBatches) -> tuple[int, int]:
+    """Tokens and images of a pack; or of the longest of some samples, with a fifth more for those not looked at."""
+    if config.data.packing:
+        return config.data.packing.tokens, config.data.packing.images
+    tokens = images = 0
+    for number in range(0, len(data.reader), -(-len(data.reader) // SAMPLES)):
+        try:
+            sample = data.reader.sample(number)
+            tokens = max(tokens, len(data.encoder.conversation(list(sample.messages))[0]))
+            images = max(images, len(sample.images))
+        except UserError:
+            continue  # training quarantines it, with the reason
+    return min(config.data.max_length, max(16, tokens * 6 // 5)), images
+
+
+def bound(config: RunConfig, parts: Components, ds_config: dict[str, Any], world: int, tokens: int, images: int) -> int:
+    """Bytes that a step of one rank is not likely to exceed, by half and more in those that were rehearsed."""
+    shards = world if ds_config["zero_optimization"]["stage"] == 3 else 1
+    size = 2 if ds_config["bf16"]["enabled"] else 4
+    state, activations = 0, 0
+    micro = config.training.micro_batch_size
+    vision = micro * max(1, images) * (parts.image_tokens + 1)
+    for values, count in ((parts.text_config, micro * tokens), (parts.vision_config, vision)):
+        width, layers = values.hidden_size, values.num_hidden_layers
+        inner = getattr(values, "intermediate_size", 4 * width) * getattr(values, "num_local_experts", 1)
+        vocabulary = getattr(values, "vocab_size", 0)
+        parameters = layers * (4 * width * width + 3 * width * inner) + 2 * vocabulary * width
+        # whole and sharded copies, gradients, master weights and two states of Adam, temporary ones of its update
+        state += parameters * (2 * size + (2 * size + 24) // shards)
+        plain = 3 * values.num_attention_heads * tokens if config.model.attention == "eager" else 0
+        activations += count * size * layers * (30 * width + 8 * inner + plain) + count * vocabulary * 16
+    buckets = 2 * 500_000_000 * size if torch.cuda.is_available() else 0
+    return 2**30 + state + activations + buckets
+
+
+def ask(config: RunConfig, memory: int, tokens: int, images: int) -> dict[str, Any]:
+    """The verdict of `medvlm.planning.check`: ``{"message": ..., "impossible": ...}``."""
+    target, base = ("cuda", CUDA_BASE) if torch.cuda.is_available() else ("cpu", CPU_BASE)
+    asked = {"config": config.model_dump(mode="json"), "ranks": distributed.world_size(), "target": target}
+    launcher = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+    environment = {k: v for k, v in os.environ.items() if k not in launcher}
+    done = subprocess.run(
+        [sys.executable, "-m", "medvlm.planning.check"],
+        input=json.dumps({**asked, "memory": memory, "base": base, "tokens": tokens, "images": images}),
+        env={**environment, "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or ["no output"])[-1]
+        return {"message": f"memory: could not be predicted ({reason})", "impossible": False}
+    return json.loads(done.stdout.strip().splitlines()[-1])

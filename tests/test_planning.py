@@ -1,0 +1,139 @@
+"""What a plan predicts, against what real ranks take, DeepSpeed's own shards and arithmetic."""
+
+import json
+
+import pytest
+from conftest import REPO, launch, medvlm, two_ranks
+from toy import make_recipe, make_world
+from zygote import zygote
+
+from medvlm.planning.fake import Collectives
+from medvlm.planning.step_time import Rates, seconds
+
+
+@pytest.fixture(scope="module")
+def toy_world(tmp_path_factory):
+    return make_world(tmp_path_factory.mktemp("planning"))
+
+
+def test_memory_of_a_real_step_is_predicted_within_a_tenth():
+    done = zygote().run(["--small", "zero3 fp32"], script=str(REPO / "benchmarks" / "memory.py"))
+    assert done.returncode == 0, done.stderr[:4000]
+    _, _, parameters, predicted, measured, *_ = map(str.strip, done.stdout.strip().splitlines()[-1].split("|"))
+    assert int(parameters.split()[0]) > 20
+    assert float(predicted) == pytest.approx(float(measured), rel=0.1)
+
+
+def test_plan_lists_stages_recommends_one_that_fits_and_scales(toy_world, tmp_path):
+    recipe = make_recipe(toy_world, training__precision="bf16", training__steps=100)
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys\n"
+        "from medvlm import cli\n"
+        "from medvlm.planning import plan\n"
+        'plan.MODES, plan.SCALES = ("zero2", "zero3_offload"), (64,)\n'  # the others would only take time
+        f'sys.argv = ["medvlm", "plan", {str(recipe)!r}, "--gpus", "2", "--gpu-memory", "2.1", "--json"]\n'
+        "cli.main()\n"
+    )
+    done = zygote().run([], script=str(script))
+    assert done.returncode == 0, done.stderr[:4000]
+    made = json.loads(done.stdout)
+    options = {(o["zero"], o["micro_batch_size"]): o for o in made["options"]}
+    assert set(options) == {(zero, micro) for zero in ("zero2", "zero3_offload", "zero3") for micro in (1, 2, 4)}
+    assert not options["zero2", 2]["fits"], "two buckets of 5e8 bf16 gradients are 1.86 GiB, beside 1 GiB of CUDA"
+    assert made["recommended"] in [o for o in made["options"] if o["fits"]]
+    assert options["zero3_offload", 2]["host"] > 0 == options["zero2", 2]["host"]
+    assert [row["gpus"] for row in made["scaling"]] == [2, 64]
+    assert made["gpu_hours"] == pytest.approx(100 * made["recommended"]["step_seconds"] * 2 / 3600)
+
+
+def test_communication_is_that_of_a_ring():
+    rates = Rates(within_node=100e9, between_nodes=10e9, gpus_per_node=4, latency=0)
+    gather = {"all-gather": Collectives(1, 8_000_000_000)}
+    assert seconds(gather, 4, rates) == pytest.approx(8e9 * 3 / 4 / 100e9)
+    assert seconds(gather, 8, rates) == pytest.approx(8e9 * 7 / 8 / (4 * 10e9)), "the links between nodes are slower"
+    assert seconds({"all-reduce": Collectives(1, 8_000_000_000)}, 4, rates) == 2 * seconds(gather, 4, rates)
+    assert seconds(gather, 1, rates) == 0
+
+
+def test_shards_are_those_that_deepspeed_makes(toy_world, tmp_path):
+    recipe = make_recipe(toy_world, "shards", training__precision="bf16")
+    dry = json.loads(medvlm("train", recipe, "--dry-run", "--ranks", 2, "--json"))["bytes_per_rank"]
+    script = f"""
+        import json
+        from medvlm.config.load import load_recipe
+        from medvlm.training import distributed, setup
+        distributed.start()
+        zero = setup.start(load_recipe({str(recipe)!r})).engine.optimizer
+        states = [v for values in zero.optimizer.state.values() for v in values.values() if v.dim()]
+        tensors = [*zero.fp32_partitioned_groups_flat, *states]
+        print(json.dumps({{"optimizer": sum(t.numel() * t.itemsize for t in tensors)}}), flush=True)
+    """
+    real = two_ranks(script, tmp_path)[0]["optimizer"]
+    assert dry["optimizer"] == pytest.approx(real, abs=64), "steps of the groups' counters may be counted"
+
+
+def test_dry_run_says_what_ranks_read_and_refuses_a_batch_they_cannot_share(toy_world):
+    recipe = make_recipe(toy_world, "reads")
+    dry = json.loads(medvlm("train", recipe, "--dry-run", "--ranks", 2, "--json"))
+    planned = json.loads(medvlm("shards", "plan", recipe, "--world-size", 2, "--json"))
+    first = dry["reads"]["positions"][0]
+    assert first["keys"] == [key for pack in planned["steps"][0]["ranks"][0] for key in pack][:4]
+    assert dry["reads"]["plan"] == planned["plan_hash"] and dry["checkpoints"]["first"] == "step-00000004"
+    assert "is not a multiple" in medvlm("train", recipe, "--dry-run", "--ranks", 3, status=2)
+
+
+def test_a_hub_name_out_of_reach_is_one_sentence_with_its_mend():
+    said = medvlm("plan", "llava_med-stage2", status=2)
+    assert "Traceback" not in said and "not its weights" in said
+
+
+def test_training_is_refused_before_it_starts_where_it_cannot_fit(toy_world):
+    recipe = make_recipe(
+        toy_world,
+        "large",
+        model__language_model__config={
+            "model_type": "llama",
+            "hidden_size": 8192,
+            "intermediate_size": 28672,
+            "num_hidden_layers": 8,
+            "num_attention_heads": 64,
+            "num_key_value_heads": 64,
+            "vocab_size": 320,
+        },
+    )
+    said = launch(recipe, ranks=1, fails=True)
+    assert "parameters and optimizer alone" in said and "Traceback" not in said
+
+
+def test_sharded_weights_load_under_zero3_without_a_rank_holding_the_model(tmp_path):
+    script = f"""
+        import json, sys, hashlib
+        sys.path.insert(0, {str(REPO / "benchmarks")!r})
+        import torch, deepspeed, zero3_init as z
+        from pathlib import Path
+        from medvlm.training import distributed
+        distributed.start()
+        folder = Path({str(tmp_path)!r}) / "llm"
+        shape = dict(hidden_size=512, intermediate_size=1536, num_hidden_layers=16, num_attention_heads=8,
+                     num_key_value_heads=8, vocab_size=4096)
+        if distributed.rank() == 0:
+            z.save_pretrained(folder, shape)
+        distributed.barrier()
+        assert len(list(folder.glob("*.safetensors"))) > 2
+        tower = dict(config=z.CLIP, feature_layer=-1, select_strategy="full")
+        model, allocated, _ = z.build(dict(vision_tower=tower, language_model=dict(path=str(folder))))
+        whole = sum(p.ds_numel for p in model.parameters()) * 2
+        from transformers import AutoModelForCausalLM
+        plain = None
+        same = True
+        from safetensors.torch import load_file
+        stored = {{k: v for f in folder.glob("*.safetensors") for k, v in load_file(f).items()}}
+        for name, p in model.language_model.named_parameters():
+            with deepspeed.zero.GatheredParameters([p]):
+                same &= torch.equal(p, stored[name])
+        print(json.dumps(dict(allocated=allocated, whole=whole, same=same)), flush=True)
+    """
+    for rank in two_ranks(script, tmp_path):
+        assert rank["same"]
+        assert rank["allocated"] < 0.85 * rank["whole"], "half of it, and what is gathered at a time"
