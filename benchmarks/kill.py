@@ -48,7 +48,7 @@ def main() -> None:
             assert zygote().run(["train", str(calm)], ranks=2).returncode == 0
             longest = time.monotonic() - started
             recipe = toy.make_recipe(folder, f"killed-{zero}", training__zero=zero, **OPTIONS)
-            killers.append(Killer(recipe, folder / "runs" / f"calm-{zero}", EVERY, chance))
+            killers.append(Killer(recipe, folder / "runs" / f"calm-{zero}", chance))
         turn = 0
         while sum(sum(k.kills.values()) for k in killers) < arguments.kills:
             killer = killers[turn % 3]

@@ -55,11 +55,8 @@ def arm(how: str, number: float) -> None:
 
 @dataclass
 class Killer:
-    """``every``: steps between the checkpoints of the recipe."""
-
     recipe: Path
     calm: Path
-    every: int
     random: random.Random
     kills: dict[str, int] = field(default_factory=lambda: {"seconds": 0, "calls": 0})
     rounds: int = 0

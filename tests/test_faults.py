@@ -1,6 +1,7 @@
 """What fails is noticed, named and handled as the recipe says; no rank waits for another for ever."""
 
 import json
+import random
 import re
 import shutil
 import signal
@@ -9,6 +10,8 @@ from pathlib import Path
 
 import hooks
 import pytest
+import torch
+from killed import Killer
 from test_training import plain_pytorch
 from toy import make_recipe
 from zygote import Done, zygote
@@ -142,3 +145,95 @@ def test_a_skipped_step_is_a_step_that_was_never_made(world, stage):
         assert found[n]["loss"] == pytest.approx(expected[n]["loss"], rel=1e-5)
         assert found[n]["grad_norm"] == pytest.approx(expected[n]["grad_norm"], rel=1e-4)
     assert [row["step"] for row in rows(recipe, "skipped.jsonl")] == [3]
+
+
+def test_a_gradient_that_is_not_finite_is_found_before_the_update_although_the_loss_is(recipe):
+    done = run(recipe, hook=f"{FORWARD} 3 0 nan_gradient")
+    assert done.returncode == 2
+    assert "step 2: the gradient norm is not finite, though the loss is (samples of s0" in done.stderr
+    assert steps(recipe) == [1]
+
+
+def test_more_skipped_steps_than_allowed_end_the_run(recipe):
+    done = run(recipe, "training.non_finite=skip", "training.max_skipped=2", hook=f"{FORWARD} 0 1 nan")
+    assert done.returncode == 2 and steps(recipe) == [2]
+    assert "step 3: the loss is nan" in done.stderr and "that makes 3, and training.max_skipped is 2" in done.stderr
+
+
+SPIKE = {"loss_factor": 10, "grad_norm_factor": None, "window": 2}
+
+
+def test_a_rollback_leaves_out_the_steps_up_to_the_spike_and_a_resume_repeats_that(world):
+    """Step 6 spikes; from the checkpoint of step 4 the run goes on with step 7, interrupted or not."""
+    options = {
+        "training__steps": 8,
+        "training__checkpoint_every": 4,
+        "training__spike": {**SPIKE, "action": "rollback"},
+    }
+    whole, broken = (make_recipe(world, f"rollback-{name}", **options) for name in ("whole", "broken"))
+    spike = f"{FORWARD} 11 0 spike"  # two micro-batches a step
+    done = run(whole, hook=spike)
+    assert done.returncode == 0 and "back to step-00000004, and on from there with step 7" in done.stdout
+    assert run(broken, "training.stop_after=4").returncode == 0
+    interrupted = run(broken, hook=f"{FORWARD} 3 0 spike,{UPDATE} 3 1 SIGTERM")  # while it takes step 7
+    assert interrupted.returncode == 85
+    assert run(broken).returncode == 0
+    found = [[{k: row.get(k) for k in ("step", "loss", "skipped")} for row in rows(r)] for r in (whole, broken)]
+    assert found[0] == found[1] and [row["step"] for row in found[0] if row["skipped"]] == [5, 6]
+    assert [(row["from"], row["step"]) for row in rows(whole, "skipped.jsonl")] == [(5, 6)]
+    a, b = (checkpoint.consolidate(checkpoint.newest(r.parent / "runs" / r.stem)) for r in (whole, broken))
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+@pytest.mark.parametrize(("action", "skipped"), [("skip", [3]), ("warn", [])])
+def test_a_spike_is_skipped_or_told(world, action, skipped):
+    recipe = make_recipe(world, f"spike-{action}", training__steps=4, training__spike={**SPIKE, "action": action})
+    done = run(recipe, hook=f"{FORWARD} 5 0 spike,{FORWARD} 6 1 spike")
+    assert done.returncode == 0
+    assert "step 3: the loss" in done.stdout and "10 times" in done.stdout
+    assert [row["step"] for row in rows(recipe) if "skipped" in row] == skipped
+    assert [row["step"] for row in rows(recipe) if "spike" in row] == ([] if skipped else [3])
+
+
+def test_a_changed_recipe_is_shown_and_refused_where_it_computes_something_else(recipe):
+    assert run(recipe, "training.stop_after=1").returncode == 0
+    refused = run(recipe, "training.weight_decay=0.2", "data.workers=1", "training.stop_after=2")
+    assert refused.returncode == 2 and steps(recipe) == [1]
+    assert (
+        "another recipe (training.weight_decay: 0.05 -> 0.2);" in refused.stderr and "--allow-change" in refused.stderr
+    )
+    harmless = run(recipe, "training.micro_batch_size=1", "training.stop_after=2", ranks=1)
+    assert harmless.returncode == 0
+    assert (
+        "changed since step-00000001: training.micro_batch_size: 2 -> 1; training.stop_after: 1 -> 2" in harmless.stdout
+    )
+    allowed = run(recipe, "training.weight_decay=0.2", "--allow-change")
+    assert allowed.returncode == 0 and "training.weight_decay: 0.05 -> 0.2" in allowed.stdout
+
+
+def test_ranks_that_do_not_divide_the_batch_are_told_what_does(recipe):
+    done = run(recipe, ranks=3)
+    assert (
+        "8 is not a multiple of micro_batch_size 2 x 3 rank(s); the nearest that are: 6 or 12, or 2 or 4 rank(s)"
+        in (done.stderr)
+    )
+
+
+def test_kill_9_loses_no_checkpoint_and_changes_nothing(world):
+    """Six kills at random moments, six inside the writing of a checkpoint; benchmarks/kill.py makes a hundred."""
+    options = {"training__steps": 12, "training__checkpoint_every": 2, "training__zero": "zero2"}
+    options |= {"training__global_batch_size": 4, "model__vision_tower__train": "norm_and_bias"}
+    calm = make_recipe(world, "calm-kill", **options)
+    begun = time.monotonic()
+    assert run(calm).returncode == 0
+    longest = time.monotonic() - begun
+    killer = Killer(make_recipe(world, "killed", **options), world / "runs" / "calm-kill", random.Random(0))
+    while sum(killer.kills.values()) < 12:
+        how = min(killer.kills, key=lambda name: killer.kills[name])
+        if killer.start(how, longest if how == "seconds" else 8) == 0:
+            killer.compare()
+            shutil.rmtree(killer.run)
+    if killer.run.exists():
+        assert killer.start("calls", 0) == 0
+        killer.compare()
+    assert killer.rounds and max(killer.lost) <= 4, "steps since the last checkpoint, and while the next is written"
