@@ -3,6 +3,7 @@
 import os
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -37,26 +38,51 @@ def test_an_array_gives_the_same_bytes_as_one_process(nodes, tmp_path):
     assert len(list((tmp_path / "array/.slurm").glob("*_result.pkl"))) == 3
 
 
+def when_part_1_waits_at(pipe: Path, out: Path, act: Callable[[psutil.Process], None]) -> threading.Thread:
+    """A thread that puts a pipe in a picture's place, which stops who reads it, and then acts on that task of Slurm."""
+    pipe.unlink()
+    os.mkfifo(pipe)
+
+    def watch() -> None:
+        end = time.monotonic() + 120
+        while time.monotonic() < end:
+            for crumb in out.glob(".work/tmp/train-*000001*/at"):
+                if crumb.read_bytes() == (2).to_bytes(8, "little"):
+                    worker = psutil.Process(int(crumb.parent.name.rpartition(".")[2]))
+                    act(next(p for p in worker.parents() if "submitit.core._submit" in p.cmdline()))
+                    return
+            time.sleep(0.05)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    return thread
+
+
+def test_a_task_that_runs_out_of_time_is_queued_again_and_goes_on(nodes, tmp_path):
+    source = make_archive(tmp_path / "archive", 20)
+    pipe, out = source / "11.png", tmp_path / "out"
+    picture = pipe.read_bytes()
+
+    def time_out(task: psutil.Process) -> None:
+        pipe.unlink()
+        pipe.write_bytes(picture)
+        job = task.environ()
+        nodes.call("scancel", "--signal=USR2", f"{job['SLURM_ARRAY_JOB_ID']}_{job['SLURM_ARRAY_TASK_ID']}")  # as Slurm
+
+    watcher = when_part_1_waits_at(pipe, out, time_out)
+    assert prepare(source, out, parts=2, **ARRAY)["complete"]
+    watcher.join()
+    logs = "".join(path.read_text() for path in (out / ".slurm").glob("*_log.*"))
+    assert "requeue" in logs.lower(), logs
+    prepare(source, tmp_path / "here")
+    assert made(out) == tree(tmp_path / "here")
+
+
 def test_a_killed_task_is_named_and_the_same_command_goes_on(nodes, tmp_path):
     source = make_archive(tmp_path / "archive", 20)
     pipe, out = source / "11.png", tmp_path / "out"
     picture = pipe.read_bytes()
-    pipe.unlink()
-    os.mkfifo(pipe)  # part 1 waits here until it is killed
-
-    def kill() -> None:
-        end = time.monotonic() + 60
-        while time.monotonic() < end:
-            for crumb in out.glob(".work/tmp/train-*000001*/at"):
-                if crumb.read_bytes() == (2).to_bytes(8, "little"):  # the whole task, as the kernel or an operator may
-                    worker = psutil.Process(int(crumb.parent.name.rpartition(".")[2]))
-                    task = next(p for p in worker.parents() if "submitit.core._submit" in p.cmdline())
-                    task.kill()
-                    return
-            time.sleep(0.05)
-
-    killer = threading.Thread(target=kill)
-    killer.start()
+    killer = when_part_1_waits_at(pipe, out, psutil.Process.kill)  # the whole task, as the kernel or an operator may
     with pytest.raises(UserError, match=r"1 of 2 parts failed.*\n.*part 1/2 \(log .*err\): it ended without a result"):
         prepare(source, out, parts=2, **ARRAY)
     killer.join()
