@@ -12,6 +12,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 from zygote import zygote
 
+os.fsync = lambda descriptor: None  # matters when the power fails; here it only takes time
+
 REPO = Path(__file__).parent.parent
 DATA = Path(os.environ.get("MEDVLM_TEST_DATA", REPO / ".." / "shared" / "data")).resolve()
 

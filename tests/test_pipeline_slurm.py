@@ -112,7 +112,7 @@ def test_submitit_without_slurm(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
     monkeypatch.setattr(executors, "POLL_SECONDS", 0.2)
     source = make_archive(tmp_path / "archive", 20)
-    assert prepare(source, tmp_path / "out", parts=2, executor="submitit", cluster="local")["complete"]
+    assert prepare(source, tmp_path / "out", executor="submitit", cluster="local")["complete"]
     prepare(source, tmp_path / "here")
     assert made(tmp_path / "out") == tree(tmp_path / "here")
 
