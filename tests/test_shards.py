@@ -148,18 +148,18 @@ def test_the_merged_index_is_one_uncompressed_batch_and_is_enough_alone(folder):
 
 
 def test_indexes_are_merged_as_arrow_concatenates_them_without_being_held(folder, tmp_path):
-    """Also rows from the middle of others, more than 2^16 of them, words in another order, and none at all."""
+    """Also rows from the middle of others, in many chunks, words in another order, and none at all."""
     table = pa.concat_tables([index_tar(tar) for tar in find_tars([folder])])
     others = table.set_column(table.schema.get_field_index("members"), "members", [[["c", "a"], [], ["b"]] * 8])
     others = others.cast(INDEX_SCHEMA)
-    many = pa.concat_tables([table.slice(5, 11)] * 4000)
+    many = pa.concat_tables([table.slice(5, 11)] * 100)
     parts = [table.slice(3, 4), others.slice(1, 20), table.slice(0, 0), many]
     merger, before = Merger(tmp_path), pa.total_allocated_bytes()
     for n, part in enumerate(parts):
         merger.add(part, [Tar(f"{n}.tar", 512, len(part), "")])
-        assert pa.total_allocated_bytes() - before < 1 << 20
+        assert pa.total_allocated_bytes() - before < 1 << 16
     merger.write(tmp_path / MERGED)
-    assert pa.total_allocated_bytes() - before < 1 << 20 and set(os.listdir(tmp_path)) == {"toy", MERGED}
+    assert pa.total_allocated_bytes() - before < 1 << 16 and set(os.listdir(tmp_path)) == {"toy", MERGED}
     with pa.memory_map(str(tmp_path / MERGED)) as source:
         merged = pa.ipc.open_file(source).read_all()
         merged.validate(full=True)
