@@ -159,14 +159,18 @@ def evaluate(
 def generate(
     folder: Annotated[str, typer.Argument(help="A Hugging Face image-text-to-text folder or hub name.")],
     prompt: Annotated[str, typer.Option(help="The question.")],
-    image: Annotated[list[Path] | None, typer.Option(help="PNG, JPEG or DICOM; may be given several times.")] = None,
+    image: Annotated[
+        list[Path] | None, typer.Option(help="PNG, JPEG, DICOM, NIfTI, or the folder of a series.")
+    ] = None,
+    slices: Annotated[int, typer.Option(help="Of a volume; as data.volume_slices in training.")] = 8,
+    window: Annotated[tuple[float, float] | None, typer.Option(help="Centre and width, for a volume.")] = None,
     max_new_tokens: int = 256,
 ) -> None:
     """Answer one question about images, with greedy decoding."""
     from medvlm.inference.generate import Generator
-    from medvlm.inference.images import load_image
+    from medvlm.inference.images import load_images
 
-    images = [load_image(path) for path in image or []]
+    images = [picture for path in image or [] for picture in load_images(path, slices, window)]
     content = [{"type": "image"} for _ in images] + [{"type": "text", "text": prompt}]
     request = (images, [{"role": "user", "content": content}])
     print(Generator(folder).answers([request], max_new_tokens=max_new_tokens, batch_size=1)[0])

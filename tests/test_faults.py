@@ -12,7 +12,7 @@ import hooks
 import pytest
 import torch
 from killed import Killer
-from test_training import plain_pytorch
+from plain import plain_pytorch
 from toy import make_recipe
 from zygote import Done, zygote
 

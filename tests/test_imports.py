@@ -21,7 +21,10 @@ ALLOWED = {
     "medvlm.data": {"medvlm.errors"},
     "medvlm.models": {"medvlm.errors", "medvlm.config", "medvlm.data", "medvlm.objectives"},
     "medvlm.training": {"medvlm.errors", "medvlm.config", "medvlm.data", "medvlm.models"},
-    "medvlm.inference": {"medvlm.errors", "medvlm.data.dicom", "medvlm.data.pixels"},
+    "medvlm.inference": {
+        *("medvlm.errors", "medvlm.data.dicom", "medvlm.data.pixels", "medvlm.data.nifti", "medvlm.data.series"),
+        "medvlm.data.volume_slices",
+    },
     "medvlm.evaluation": {"medvlm.errors", "medvlm.data", "medvlm.inference"},
     "medvlm.export.verify": set(),  # runs in a fresh process, through unmodified transformers
     "medvlm.export": {"medvlm.errors", "medvlm.config", "medvlm.data", "medvlm.models", "medvlm.training.checkpoint"},

@@ -8,8 +8,9 @@ import peft
 import pytest
 import torch
 from conftest import launch, medvlm
+from plain import assert_same_run, initialised, metrics, plain_pytorch
 from safetensors.torch import load_file, save_file
-from test_training import assert_same_run, initialised, metrics, plain_pytorch, weights
+from test_training import weights
 from toy import CLIP, make_recipe
 
 from medvlm.config.load import load_recipe

@@ -7,8 +7,8 @@ import pytest
 import torch
 import transformers
 from conftest import launch, medvlm
+from plain import assert_same_run, metrics, plain_pytorch
 from safetensors.torch import load_file
-from test_training import assert_same_run, metrics, plain_pytorch
 from toy import make_recipe
 
 from medvlm.config.load import load_recipe

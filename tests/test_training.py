@@ -1,92 +1,23 @@
 """Training under DeepSpeed beside plain single-process PyTorch on the same global batches."""
 
-import json
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import launch
+from plain import assert_same_run, metrics, plain_pytorch
 from toy import make_recipe, make_shards
 
 from medvlm.config.load import load_recipe
-from medvlm.data.order import digest
 from medvlm.models.build import build_components, build_model
-from medvlm.models.trainable import apply_trainable
-from medvlm.training import checkpoint, feed
-from medvlm.training.optimizer import parameter_groups
-from medvlm.training.schedule import learning_rate_factor
+from medvlm.training import checkpoint
 
 STEPS = 20
 
 
-def metrics(folder: Path, name: str) -> list[dict]:
-    return [json.loads(line) for line in (folder / "runs" / name / "metrics.jsonl").read_text().splitlines()]
-
-
 def weights(folder: Path, name: str) -> dict[str, torch.Tensor]:
     return checkpoint.consolidate(checkpoint.newest(folder / "runs" / name))
-
-
-def initialised(config, parts) -> torch.nn.Module:
-    model = build_model(config.model, parts, torch.float32)
-    checkpoint.load_weights(model, checkpoint.consolidate(checkpoint.newest(Path(config.model.init_from))), "init")
-    return model
-
-
-def clip_by_global_norm(model: torch.nn.Module) -> float:
-    return float(torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.grad is not None], 1.0))
-
-
-def plain_pytorch(
-    recipe: Path,
-    build=initialised,
-    optimizer=torch.optim.AdamW,
-    clip=clip_by_global_norm,
-    rates=None,
-    after=None,
-    leave_out=(),
-) -> list[dict]:
-    """The same run without DeepSpeed, ranks, micro-batches or the loop: one padded batch and one backward a step.
-
-    ``rates``: learning rates of the groups by step; ``after`` sees the model after each update;
-    ``leave_out``: steps, from 0, without one.
-    """
-    config = load_recipe(str(recipe))
-    parts = build_components(config.model)
-    model = build(config, parts)
-    apply_trainable(model, config.model, parts.unused_vision_parameters)
-    data = feed.training_data(config, parts)
-    lengths = feed.count_lengths(config, data, progress=False) if feed.needs_lengths(config.data) else None
-    plan = feed.make_plan(config, data, lengths)
-    data.collate_options = (*data.collate_options[:2], False)  # padded, whatever the recipe says
-    groups = parameter_groups(model, config)
-    peaks = [g["lr"] for g in groups]
-    updates = optimizer(groups)
-    rows = []
-    for step, packs in enumerate(plan.global_batches(0, config.training.steps)):
-        batch = data[[draw for pack in packs for draw in pack]]
-        now = [peak * learning_rate_factor(step, config.training.steps, 1) for peak in peaks]
-        for group, rate in zip(updates.param_groups, rates(step) if rates else now, strict=True):
-            group["lr"] = rate
-        loss = model(**batch.inputs(torch.device("cpu"))) / batch.supervised_tokens
-        updates.zero_grad(set_to_none=False)
-        loss.backward()
-        norm = clip(model)
-        if step not in leave_out:
-            updates.step()
-        if after:
-            after(model)
-        rows.append({"loss": float(loss), "grad_norm": norm, "batch_digest": digest(batch.keys)})
-    return rows
-
-
-def assert_same_run(found: list[dict], expected: list[dict]) -> None:
-    assert len(found) == len(expected)
-    for row, plain in zip(found, expected, strict=True):
-        assert row["batch_digest"] == plain["batch_digest"]
-        assert row["loss"] == pytest.approx(plain["loss"], rel=1e-5)
-        assert row["grad_norm"] == pytest.approx(plain["grad_norm"], rel=1e-4)
 
 
 @pytest.fixture(scope="module")
@@ -220,11 +151,6 @@ def test_bf16_trains_under_zero3(world):
     launch(make_recipe(world, "bf16-run", training__precision="bf16", training__steps=6))
     losses = [row["loss"] for row in metrics(world, "bf16-run")]
     assert losses[-1] < losses[0]
-
-
-def test_zero0_in_bf16_is_refused(world):
-    output = launch(make_recipe(world, "bad", training__precision="bf16", training__zero="zero0"), ranks=1, fails=True)
-    assert "use zero1" in output and "Traceback" not in output
 
 
 def test_parameters_that_no_feature_depends_on_are_frozen(world):

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from medvlm.data.schema import Sample
 from medvlm.data.shards import write_shards
+from medvlm.data.volumes import encode_volume
 
 TEMPLATE = (
     "{% for m in messages %}{% if m['role'] == 'user' %}{{ 'Q: ' + m['content'] + '\n' }}"
@@ -84,6 +85,21 @@ def sample(i: int, images: int, answers: list[str], **values: Any) -> tuple[Samp
         **values,
     }
     return Sample.model_validate(fields), {f"{n}.png": png(100 * i + n) for n in range(images)}
+
+
+def volume_sample(i: int, depth: int, windows: int = 0, picture: bool = False) -> tuple[Sample, dict[str, bytes]]:
+    """A question about a volume, int16 or uint8 with ``windows`` channels, after one about a ``picture``."""
+    rng = np.random.default_rng(i)
+    shape = (windows, depth, 40, 40) if windows else (depth, 40, 40)
+    array = rng.integers(0, 256, shape).astype(np.uint8 if windows else np.int16)
+    listed = [{"file": "0.b2", "width": 40, "height": 40, "depth": depth}]
+    data = {"0.b2": encode_volume(array)}
+    if picture:
+        listed.insert(0, {"file": "0.png", "width": 40, "height": 40})
+        listed[1]["file"] = "1.b2"
+        data = {"0.png": png(i), "1.b2": data["0.b2"]}
+    made, _ = sample(i, len(listed), ["no effusion on the left " * (i % 3) + "no"])
+    return Sample.model_validate({**made.model_dump(), "images": listed}), data
 
 
 def make_shards(folder: Path, count: int = 24, images: Any = lambda i: (1, 0, 2, 1)[i % 4]) -> Path:

@@ -44,10 +44,18 @@ class Backbone(Part):
 
     path: str | None = None
     config: dict[str, Any] | None = None
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool | int | list[int] = False
+    """Recompute activations in the backward pass: of all layers, of every k-th, or of a list of layers (from 0)."""
     layer_decay: float = Field(default=1.0, gt=0, le=1)
     """Each layer's learning rate, relative to that of the layer above it."""
     lora: Lora = Lora()
+
+    @field_validator("gradient_checkpointing")
+    @classmethod
+    def _every_kth(cls, value: bool | int | list[int]) -> bool | int | list[int]:
+        if not isinstance(value, list | bool) and value < 1:
+            raise ValueError("give true, false, a number k of at least 1 for every k-th layer, or a list of layers")
+        return value
 
     @field_validator("path")
     @classmethod
@@ -179,6 +187,10 @@ class Data(Section):
     shuffle_turns: bool = False
     """Ask the questions about an image in another order each epoch."""
     augment: Augmentation = Augmentation()
+    volume_slices: int | None = Field(default=None, gt=0)
+    """Evenly spaced axial slices that stand for a volume, each an image of its own. Without it volumes are refused."""
+    volume_window: tuple[float, float] | None = None
+    """Centre and width, for volumes that are stored in modality units; those stored with windows keep theirs."""
     padding_free: bool = False
     """Lay a micro-batch out as one row of segments that do not see each other, instead of padding it."""
     workers: int = Field(default=2, ge=0)
@@ -211,6 +223,8 @@ class Data(Section):
                 raise ValueError(f"stages.{n}.epochs: every stage but the last has a length")
         if self.packing and self.packing.tokens < self.max_length:
             raise ValueError(f"packing.tokens: {self.packing.tokens} is less than max_length {self.max_length}")
+        if self.volume_window and not self.volume_window[1] > 0:
+            raise ValueError("volume_window: give centre and width, the width above 0")
         if self.packing and self.length_grouped:
             raise ValueError("length_grouped: packs need no grouping; give one of `packing` and `length_grouped`")
         return self
@@ -241,8 +255,12 @@ class Training(Section):
     zero: str = "zero3"
     """A file of ``ds_configs/`` by name, or a path."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
+    compile: str | None = None
+    """Compile each transformer layer with this backend of ``torch.compile``, such as ``inductor``."""
     global_batch_size: int = Field(default=128, gt=0)
     micro_batch_size: int = Field(default=8, gt=0)
+    sequence_parallel: int = Field(default=1, gt=0)
+    """Consecutive ranks that share each micro-batch, every one with a part of each row, for long contexts."""
     epochs: float | None = Field(default=None, gt=0)
     steps: int | None = Field(default=None, gt=0)
     schedule: Literal["cosine", "linear", "constant", "warmup_stable_decay"] = "cosine"
@@ -305,3 +323,15 @@ class RunConfig(Section):
     model: Model
     data: Data
     training: Training
+
+    @model_validator(mode="after")
+    def _whole_rows(self) -> "RunConfig":
+        if self.training.sequence_parallel > 1:
+            if self.data.packing or self.data.padding_free:
+                raise ValueError(
+                    "training.sequence_parallel: not with data.packing or data.padding_free: a row's "
+                    "segments would see each other"
+                )
+            if self.training.compile:
+                raise ValueError("training.sequence_parallel: not with training.compile")
+        return self

@@ -75,6 +75,13 @@ class ImageTransform:
             raise UserError(f"{where}: image cannot be decoded ({what})") from None
         except (OSError, SyntaxError, ValueError, PILImage.DecompressionBombError) as error:
             raise UserError(f"{where}: image cannot be decoded ({error})") from None
+        return self._fit(image)
+
+    def resize(self, pixels: np.ndarray) -> torch.Tensor:
+        """Decoded pixels, uint8 [h, w, C] -> uint8 [C, S, S]."""
+        return self._fit(Decoded(pixels, (pixels.shape[1], pixels.shape[0])))
+
+    def _fit(self, image: Decoded) -> torch.Tensor:
         size = self._target(*image.size)
         if self.fill is not None and image.size[0] != image.size[1]:
             resized = self._resize_padded(image, size, self.fill)

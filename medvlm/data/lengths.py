@@ -12,6 +12,7 @@ from medvlm.data.conversation import ConversationEncoder
 from medvlm.data.plan import Lengths
 from medvlm.data.shards import ShardReader
 from medvlm.data.storage import StorageError
+from medvlm.data.volume_slices import VolumeSlices, expand
 from medvlm.errors import UserError
 
 VERSION = 1
@@ -27,8 +28,8 @@ def cache_folder(chosen: str | None) -> Path:
 class _Chunks(Dataset):
     """Chunk number -> int32 [samples of the chunk, 2]: text tokens, and images."""
 
-    def __init__(self, reader: ShardReader, encoder: ConversationEncoder):
-        self.reader, self.encoder = reader, encoder
+    def __init__(self, reader: ShardReader, encoder: ConversationEncoder, slices: VolumeSlices | None):
+        self.reader, self.encoder, self.slices = reader, encoder, slices
 
     def __len__(self) -> int:
         return -(-len(self.reader) // CHUNK)
@@ -40,7 +41,8 @@ class _Chunks(Dataset):
     def _measure(self, number: int) -> tuple[int, int]:
         try:
             sample = self.reader.sample(number)
-            return len(self.encoder(list(sample.messages))[0]), len(sample.images)
+            counts = self.slices.images(sample.images) if self.slices else [1] * len(sample.images)
+            return len(self.encoder(expand(sample.messages, counts))[0]), sum(counts)
         except StorageError:
             raise
         except UserError:
@@ -48,7 +50,12 @@ class _Chunks(Dataset):
 
 
 def measure_lengths(
-    reader: ShardReader, conversation: ConversationEncoder, cache: Path, workers: int = 0, progress: bool = False
+    reader: ShardReader,
+    conversation: ConversationEncoder,
+    cache: Path,
+    workers: int = 0,
+    progress: bool = False,
+    slices: VolumeSlices | None = None,
 ) -> Lengths:
     """Lengths of all samples: from the cache, or counted now (about a millisecond a sample and worker) and kept there.
 
@@ -56,13 +63,14 @@ def measure_lengths(
     """
     textual = ConversationEncoder(conversation.tokenizer, conversation.template, image_tokens=0)
     what = [str(VERSION), reader.index_hash, conversation.template, _fingerprint(conversation.tokenizer)]
+    what += [f"{slices.count} slices"] if slices else []
     name = hashlib.sha256("\0".join(what).encode()).hexdigest()[:16]
     path = cache / f"lengths-{name}.npy"
     if path.exists():
         counts = np.load(path, mmap_mode="r")
     else:
         loader: DataLoader = DataLoader(
-            _Chunks(reader, textual),
+            _Chunks(reader, textual, slices),
             batch_size=None,
             num_workers=workers,
             multiprocessing_context="fork" if workers else None,

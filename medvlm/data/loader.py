@@ -15,6 +15,7 @@ from medvlm.data.images import ImageTransform
 from medvlm.data.schema import Message, Sample
 from medvlm.data.shards import ShardReader
 from medvlm.data.storage import StorageError
+from medvlm.data.volume_slices import VolumeSlices, expand
 from medvlm.errors import UserError
 
 
@@ -83,7 +84,8 @@ class SampleEncoder:
     """Sample and image bytes -> Encoded. Raises UserError with the reason where a sample cannot be trained on.
 
     Given an epoch, questions are put in another order (``shuffle``) and images are augmented (``augment``), as pure
-    functions of (sample key, epoch, seed); without one, nothing is random.
+    functions of (sample key, epoch, seed); without one, nothing is random. ``slices`` makes a volume
+    several images, which are augmented alike; without it volumes are refused.
     """
 
     def __init__(
@@ -94,25 +96,35 @@ class SampleEncoder:
         *,
         shuffle: bool = False,
         augment: Augment | None = None,
+        slices: VolumeSlices | None = None,
         seed: int = 0,
     ):
         self.conversation, self.transform, self.max_length = conversation, transform, max_length
-        self.shuffle, self.augment, self.seed = shuffle, augment, seed
+        self.shuffle, self.augment, self.slices, self.seed = shuffle, augment, slices, seed
 
     def __call__(self, sample: Sample, images: Sequence[bytes], epoch: int | None = None) -> Encoded:
         messages = list(sample.messages)
         if not any(m.role == "assistant" for m in messages):
             raise UserError("no assistant turn to learn from")
-        if any(image.depth for image in sample.images):
-            raise UserError("holds a volume, and this model takes pictures")
+        if self.slices is None and any(image.depth for image in sample.images):
+            raise UserError("holds a volume, and this model takes pictures; data.volume_slices makes slices of it")
         if self.shuffle and epoch is not None:
             messages = shuffle_turns(messages, random.Random(f"{self.seed}/{epoch}/{sample.key}"))
+        if self.slices:
+            messages = expand(messages, self.slices.images(sample.images))
         ids, labels = self.conversation(messages)
         if len(ids) > self.max_length:
             raise UserError(f"{len(ids)} tokens exceed data.max_length={self.max_length}")
-        pixels = [self.transform(data, f"image {i}") for i, data in enumerate(images)]
-        if self.augment and epoch is not None:
-            pixels = [self.augment(p, sample.key, i, epoch, self.seed) for i, p in enumerate(pixels)]
+        pixels: list[torch.Tensor] = []
+        for i, (image, data) in enumerate(zip(sample.images, images, strict=True)):
+            where = f"image {i}"
+            if self.slices and image.depth:
+                seen = [self.transform.resize(plane) for plane in self.slices.decode(data, where)]
+            else:
+                seen = [self.transform(data, where)]
+            if self.augment and epoch is not None:
+                seen = [self.augment(p, sample.key, i, epoch, self.seed) for p in seen]
+            pixels += seen
         return Encoded(ids, labels, pixels)
 
 

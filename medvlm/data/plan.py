@@ -40,7 +40,8 @@ class Plan:
 
     ``lengths`` are needed for packing and for ``length_grouped``, which deals the samples of a global batch to
     micro-batches by length. The last global batch of a segment (see `Order`) is smaller where its packs are not a
-    multiple: nothing is dropped or doubled, and every rank takes every step. ``cache`` is a folder for packed segments,
+    multiple: nothing is dropped or doubled, and every rank takes every step. ``volume_slices`` enters the hash, as it
+    changes what the model sees. ``cache`` is a folder for packed segments,
     so that a resume does not pack again.
     """
 
@@ -53,6 +54,7 @@ class Plan:
         packing: Packing | None = None,
         lengths: Lengths | None = None,
         length_grouped: bool = False,
+        volume_slices: int | None = None,
         cache: Path | None = None,
     ):
         assert lengths is not None or not (packing or length_grouped)
@@ -65,6 +67,8 @@ class Plan:
             "global_batch": global_batch,
             "packing": asdict(packing) if packing else None,
         }
+        if volume_slices is not None:
+            what["volume_slices"] = volume_slices
         digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode())
         if packing:
             assert lengths is not None

@@ -29,6 +29,22 @@ def load_image(path: str | Path) -> Image.Image:
         raise UserError(f"{path}: {error}") from error
 
 
+def load_images(path: Path, slices: int, window: tuple[float, float] | None) -> list[Image.Image]:
+    """The picture of an image file, or evenly spaced axial slices of a volume (NIfTI, or the folder of a series)."""
+    nifti = path.name.lower().endswith((".nii", ".nii.gz"))
+    if not nifti and not path.is_dir():
+        return [load_image(path)]
+    from medvlm.data.nifti import read_nifti
+    from medvlm.data.series import read_series
+    from medvlm.data.volume_slices import VolumeSlices
+
+    try:
+        volume = read_nifti(path) if nifti else read_series(path)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    return [Image.fromarray(plane[..., 0]) for plane in VolumeSlices(slices, window).cut(volume, str(path))]
+
+
 def decode_image(data: bytes, where: str) -> Image.Image:
     """Encoded PNG or JPEG bytes -> mode "L" or "RGB", upright (see :func:`medvlm.data.pixels.plain_image`).
 

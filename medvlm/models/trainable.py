@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from medvlm.config.schema import Backbone, Model, Part
+from medvlm.models.layers import checkpoint_activations
 from medvlm.models.lora import is_adapter
 from medvlm.models.vision_language_model import PARTS, VisionLanguageModel
 
@@ -43,8 +44,8 @@ def apply_trainable(model: VisionLanguageModel, config: Model, unused: set[str])
         total = sum(map(_numel, parameters.values()))
         trainable = sum(_numel(p) for p in parameters.values() if p.requires_grad)
         summaries.append(PartSummary(name, part.train, total, trainable, part.learning_rate))
-        if isinstance(part, Backbone) and part.gradient_checkpointing:
-            getattr(model, name).gradient_checkpointing_enable({"use_reentrant": False})
+        if isinstance(part, Backbone):
+            checkpoint_activations(getattr(model, name), part.gradient_checkpointing, f"model.{name}")
     return summaries
 
 

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from medvlm.errors import UserError
 from medvlm.models.attention import VARLEN
+from medvlm.models.sequence_parallel import SequenceParallel
 from medvlm.objectives.language_modeling import (
     linear_cross_entropy_sum,
     supervised_positions,
@@ -71,6 +72,7 @@ class VisionLanguageModel(nn.Module):
         self.image_token_id, self.image_size = image_token_id, image_size
         self.feature_layer, self.select_strategy = feature_layer, select_strategy
         self.mean, self.std = mean, std
+        self.sequence_parallel: SequenceParallel | None = None
         head = self.language_model.get_output_embeddings()
         if type(head) is nn.Linear:  # its weights and their names stay
             head.__class__ = OutputHead
@@ -94,7 +96,7 @@ class VisionLanguageModel(nn.Module):
         cu_seqlens: Tensor | None = None,
         max_seqlen: int | None = None,
     ) -> Tensor:
-        """Final hidden states [B, T, D]. Every call runs every part, images or not.
+        """Final hidden states [B, T, D], or this rank's part of them. Every call runs every part, images or not.
 
         A batch has an attention mask, or positions that restart in a row of segments; both raise ValueError.
 
@@ -105,9 +107,12 @@ class VisionLanguageModel(nn.Module):
             raise ValueError("a row of segments takes no attention mask: its samples would see each other")
         if attention_mask is not None and attention_mask.all():
             attention_mask = None  # nothing is padded
+        group = self.sequence_parallel
+        input_ids = group.pad(input_ids, 0) if group else input_ids
         embeds = self.language_model.get_input_embeddings()(input_ids)
         if pixel_values.shape[0]:
-            features = self.image_features(pixel_values)
+            features = self.image_features(group.images(pixel_values) if group else pixel_values)
+            features = group.gather_images(features, pixel_values.shape[0]) if group else features
             where = input_ids == self.image_token_id
             wanted, given = int(where.sum()), features.shape[0] * features.shape[1]
             if wanted != given:
@@ -123,6 +128,9 @@ class VisionLanguageModel(nn.Module):
             # Kernels for variable lengths take these; the others find the segments in position_ids.
             segments = {"cu_seq_lens_q": edges, "cu_seq_lens_k": edges}
             segments |= {"max_length_q": longest, "max_length_k": longest}
+        if group:
+            whole = torch.arange(embeds.shape[1], device=embeds.device).expand(embeds.shape[0], -1)
+            embeds, position_ids, attention_mask = group.part(embeds), group.part(whole), None
         return self.language_model.get_decoder()(
             inputs_embeds=embeds,
             attention_mask=attention_mask,
@@ -158,10 +166,16 @@ class VisionLanguageModel(nn.Module):
         cu_seqlens: Tensor | None = None,
         max_seqlen: int | None = None,
     ) -> Tensor:
-        """The sum of the losses of the supervised tokens (0-dim). Logits are made for those positions only."""
+        """The sum of the losses of the supervised tokens (0-dim), or of those of this rank's part of the rows.
+
+        Logits are made for those positions only.
+        """
         segments = (cu_seqlens, max_seqlen)
         hidden = self.hidden_states(input_ids, pixel_values, attention_mask, position_ids, *segments)
+        if self.sequence_parallel:
+            labels = self.sequence_parallel.labels(labels)
         mask, targets = supervised_positions(labels)
+        mask = mask[:, : hidden.shape[1]]
         head = self.language_model.get_output_embeddings()
         if isinstance(head, OutputHead):
             return head(hidden[mask], targets)

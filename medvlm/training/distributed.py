@@ -72,6 +72,11 @@ def device() -> torch.device:
     return torch.device("cpu")
 
 
+def data_place(sequence_parallel: int) -> tuple[int, int]:
+    """Rank and number of ranks among those that are fed different data: those that share their sequences are one."""
+    return rank() // sequence_parallel, world_size() // sequence_parallel
+
+
 def sum_over_ranks(values: list[float]) -> list[float]:
     """Exact for integers up to 2^53."""
     tensor = torch.tensor(values, dtype=torch.float64, device=device())

@@ -20,6 +20,7 @@ from medvlm.data.plan import Lengths, Plan
 from medvlm.data.shard_set import expand
 from medvlm.data.shards import ShardReader
 from medvlm.data.storage import is_url
+from medvlm.data.volume_slices import VolumeSlices
 from medvlm.errors import UserError
 from medvlm.models.build import Components, build_components
 
@@ -33,6 +34,7 @@ def make_dataset(config: RunConfig, parts: Components, paths: list[str], *, trai
         data.max_length,
         shuffle=training and data.shuffle_turns,
         augment=augment if training and augment.active else None,
+        slices=VolumeSlices(data.volume_slices, data.volume_window) if data.volume_slices else None,
         seed=config.run.seed,
     )
     padding_free = data.padding_free or (training and data.packing is not None)
@@ -70,7 +72,10 @@ def needs_lengths(data: Data) -> bool:
 
 def count_lengths(config: RunConfig, dataset: MicroBatches, *, progress: bool) -> Lengths:
     cache = cache_folder(config.data.cache_dir)
-    return measure_lengths(dataset.reader, dataset.encoder.conversation, cache, config.data.workers, progress)
+    encoder = dataset.encoder
+    return measure_lengths(
+        dataset.reader, encoder.conversation, cache, config.data.workers, progress, slices=encoder.slices
+    )
 
 
 def make_plan(config: RunConfig, dataset: MicroBatches, lengths: Lengths | None) -> Plan:
@@ -97,6 +102,7 @@ def make_plan(config: RunConfig, dataset: MicroBatches, lengths: Lengths | None)
         packing=packing,
         lengths=lengths,
         length_grouped=data.length_grouped,
+        volume_slices=data.volume_slices,
         cache=Path(config.run.dir) / "plan",
     )
 

@@ -115,7 +115,8 @@ def _advance(session: Session, parts: Parts, last: int) -> None:
             batches, trouble = read(loader, session.accumulation)
             data_seconds = time.perf_counter() - started
             watch.enter("exchange of counts", step + 1, tuple(keys))
-            counts = exchange_counts(batches, trouble, parts.saver.ready, parts.gauges.windows)
+            copies = session.config.training.sequence_parallel
+            counts = exchange_counts(batches, trouble, parts.saver.ready, parts.gauges.windows, copies)
             if counts.written == distributed.world_size():
                 parts.saver.finish()
             parts.quarantine.check(step, batches, counts, len(numbers))

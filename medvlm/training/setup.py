@@ -16,11 +16,13 @@ from medvlm.data.loader import MicroBatches
 from medvlm.data.plan import Lengths, Plan
 from medvlm.errors import UserError
 from medvlm.models.build import Components, build_components, build_model
+from medvlm.models.layers import compile_layers
 from medvlm.models.lora import add_adapters
+from medvlm.models.sequence_parallel import SequenceParallel
 from medvlm.models.trainable import PartSummary, apply_trainable
 from medvlm.models.vision_language_model import VisionLanguageModel
 from medvlm.training import checkpoint, distributed, lifecycle, trackers
-from medvlm.training.engine import lift_scalars
+from medvlm.training.engine import forget_first_step, lift_scalars, one_secondary_group
 from medvlm.training.feed import accumulation_steps, count_lengths, make_plan, needs_lengths, training_data
 from medvlm.training.guard import Gate
 from medvlm.training.memory import check_memory
@@ -60,10 +62,11 @@ class Session:
 
     def describe(self) -> str:
         training, world = self.config.training, distributed.world_size()
+        fed, packs = world // training.sequence_parallel, " packs" if self.plan.packing else ""
         return (
             f"{self.config.run.name}: steps {self.step} to {self.total}, {world} rank(s), ZeRO-{self.stage}, "
             f"{str(precision(self.config)).removeprefix('torch.')}, global batch {training.global_batch_size} = "
-            f"{training.micro_batch_size} x {world} x {self.accumulation}{' packs' if self.plan.packing else ''}, "
+            f"{training.micro_batch_size} x {fed} x {self.accumulation}{packs}, "
             f"{len(self.data.reader)} samples, plan {self.plan.hash}\n" + "\n".join(self.engine.module.choices)
         )
 
@@ -89,18 +92,26 @@ def start(config: RunConfig, allow_change: bool = False) -> Session:
     data = training_data(config, parts)
     plan = make_plan(config, data, lengths_for_all_ranks(config, data))
     check_memory(config, parts, data, ds_config)
-    model = build_model(config.model, parts, precision(config), ds_config, config.run.seed)
+    with one_secondary_group():
+        model = build_model(config.model, parts, precision(config), ds_config, config.run.seed)
     if config.model.init_from and not found:
         source = checkpoint.newest(Path(config.model.init_from))
         weights = checkpoint.StockWeights(checkpoint.consolidate(source), merge=True)
         checkpoint.load_weights(model, weights, str(source))
     summaries, groups = prepare(model, config, parts)
+    if config.training.sequence_parallel > 1:
+        model.sequence_parallel = SequenceParallel(config.training.sequence_parallel)
+        line = model.sequence_parallel.attach(model.language_model, config.model.attention)
+        model.choices = (*model.choices, line)
     stage = ds_config["zero_optimization"]["stage"]
     owners = {id(p): group["name"] for group in groups for p in group["params"]}
     total = total_steps(config, plan)
     group_rates = rates(groups, config, total)
     given = make_optimizer(groups, config, stage, offload_device(ds_config))
     engine, optimizer, *_ = distributed.deepspeed.initialize(model=model, optimizer=given, config=ds_config)
+    forget_first_step(engine)
+    if config.training.compile:
+        compile_layers([model.vision_tower, model.language_model], config.training.compile)
     manifest = {
         **checkpoint.identity(engine, config.model, parts.vocabulary_grown),
         "bf16": precision(config) == torch.bfloat16,
@@ -149,6 +160,9 @@ def precision(config: RunConfig) -> torch.dtype:
 def deepspeed_config(config: RunConfig, world: int) -> dict[str, Any]:
     """The chosen ``ds_configs`` file, completed with what the recipe decides. Only concrete numbers, no "auto"."""
     training = config.training
+    if world % training.sequence_parallel:
+        raise UserError(f"training.sequence_parallel: {training.sequence_parallel} does not divide {world} rank(s)")
+    accumulation = accumulation_steps(config, world // training.sequence_parallel)
     path = deepspeed_config_path(training.zero)
     try:
         values = json.loads(path.read_text())
@@ -156,15 +170,20 @@ def deepspeed_config(config: RunConfig, world: int) -> dict[str, Any]:
         raise UserError(f"{path}: not valid JSON: {error}") from None
     if not isinstance(values.get("zero_optimization", {}).get("stage"), int):
         raise UserError(f"{path}: has no zero_optimization.stage")
-    if values["zero_optimization"]["stage"] == 0 and precision(config) == torch.bfloat16:
-        raise UserError("training.zero: stage 0 in bf16 updates differently from stages 1 to 3; use zero1")
     if training.optimizer.name == "muon":
         values["zero_optimization"]["reduce_scatter"] = False  # ZeRO-3's Muon wants whole gradients reduced
+    if training.compile and values["zero_optimization"]["stage"] == 3:
+        raise UserError("training.compile: ZeRO-3 gathers parameters within the layers; use zero2, or do not compile")
+    node = values["zero_optimization"].get("zero_hpz_partition_size", 1)
+    if world % max(1, node):
+        raise UserError(
+            f"{path}: zero_hpz_partition_size: {node} does not divide {world} rank(s); give the number of GPUs per node"
+        )
     return {
         **values,
-        "train_batch_size": training.global_batch_size,
+        "train_batch_size": training.micro_batch_size * accumulation * world,
         "train_micro_batch_size_per_gpu": training.micro_batch_size,
-        "gradient_accumulation_steps": accumulation_steps(config, world),
+        "gradient_accumulation_steps": accumulation,
         "gradient_clipping": training.gradient_clipping or 0.0,
         "bf16": {"enabled": precision(config) == torch.bfloat16},
         "zero_allow_untested_optimizer": True,

@@ -40,8 +40,8 @@ class Counts:
 
 def batches_from(session: Session, steps: Iterable[int]) -> Iterator[Batch]:
     """This rank's micro-batches of the steps, read ahead by the loader's workers."""
-    rank, world = distributed.rank(), distributed.world_size()
     training, workers = session.config.training, session.config.data.workers
+    rank, world = distributed.data_place(training.sequence_parallel)
 
     def work() -> Iterator[Sequence[Draw]]:
         for step in steps:
@@ -73,10 +73,13 @@ def reason_of(error: Exception) -> str:
 
 
 def exchange_counts(
-    batches: Sequence[Batch], trouble: str | None, written: bool, windows: Sequence[int | None] = ()
+    batches: Sequence[Batch], trouble: str | None, written: bool, windows: Sequence[int | None] = (), copies: int = 1
 ) -> Counts:
     """What a step exchanges before its forward pass: the tokens its loss is divided by, who has trouble or got a signal
-    (raises `boundary.Stop`), who has written its part of a checkpoint."""
+    (raises `boundary.Stop`), who has written its part of a checkpoint.
+
+    ``copies`` of every batch are counted: the ranks that share sequences hold the same.
+    """
     values = sum_and_agree(
         [
             sum(b.supervised_tokens for b in batches),
@@ -89,7 +92,8 @@ def exchange_counts(
         ],
         trouble,
     )
-    supervised, tokens, slots, images, quarantined, done, *pairs = map(int, values)
+    supervised, tokens, slots, images, quarantined, _, *pairs = (int(value) // copies for value in values)
+    done = int(values[5])
     return Counts(supervised, tokens, slots, images, quarantined, done, dict(zip(windows, pairs, strict=True)))
 
 
@@ -191,4 +195,5 @@ def record(session: Session, counts: Counts, packs: int, keys: Sequence[str]) ->
 
 def _plain_grad_norm(engine: Any) -> float:
     """ZeRO-0 in fp32 does not report the norm; its gradients are whole and already averaged here."""
-    return float(torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None]))
+    gradients = [p.grad.float() for p in engine.module.parameters() if p.grad is not None]
+    return float(torch.nn.utils.get_total_norm(gradients))

@@ -38,7 +38,7 @@ def was_interrupted(session: Session) -> bool:
 def evaluation_loss(session: Session) -> float:
     """Mean loss per supervised token over the validation shards. All ranks call this; may raise `boundary.Stop`."""
     engine, config = session.engine, session.config
-    rank, world, device = distributed.rank(), distributed.world_size(), distributed.device()
+    (rank, world), device = distributed.data_place(config.training.sequence_parallel), distributed.device()
     data = make_dataset(config, session.parts, config.data.validation, training=False)
     micro = config.training.micro_batch_size
     numbers = list(range(len(data.reader)))[: (config.training.evaluation_batches or len(data.reader)) * micro * world]
@@ -59,7 +59,7 @@ def evaluation_loss(session: Session) -> float:
             count += found[0].supervised_tokens
     finally:
         engine.train()
-    total, supervised = sum_and_agree([total, count], None)
+    total, supervised = sum_and_agree([total, count / config.training.sequence_parallel], None)
     if not supervised:
         raise UserError(f"data.validation: no supervised tokens in {config.data.validation}")
     return total / supervised

@@ -47,11 +47,17 @@ def flats(engine: Any, *, writing: bool) -> Iterator[Flat]:
 
 
 def _whole(optimizer: Any, names: dict[int, str], writing: bool) -> Iterator[Flat]:
-    """ZeRO-0 in fp32: every rank updates every parameter; each writes its share of it."""
-    for group in optimizer.param_groups:
-        for p in group["params"]:
-            start, stop = _share(p.numel()) if writing else (0, p.numel())
-            yield Flat(p, optimizer.state[p], [Fragment(names[id(p)], start, stop - start, start)])
+    """ZeRO-0: every rank updates every parameter, or in bf16 its fp32 copy; each writes its share of it."""
+    for p, tensor in _copies(optimizer):
+        start, stop = _share(p.numel()) if writing else (0, p.numel())
+        yield Flat(tensor, optimizer.state[tensor], [Fragment(names[id(p)], start, stop - start, start)])
+
+
+def _copies(optimizer: Any) -> list[tuple[nn.Parameter, Tensor]]:
+    """Under ZeRO-0, parameters of the model and what the optimizer updates in their place."""
+    groups = [group["params"] for group in optimizer.param_groups]
+    models = getattr(optimizer, "fp16_groups", groups)  # DeepSpeed's name for those of any low precision
+    return [pair for model, updated in zip(models, groups, strict=True) for pair in zip(model, updated, strict=True)]
 
 
 def _divided(zero: Any, names: dict[int, str], writing: bool) -> Iterator[Flat]:
@@ -107,6 +113,12 @@ def held(p: nn.Parameter, *, writing: bool) -> tuple[int, Tensor]:
     return start, p.data.view(-1)[start:stop]
 
 
+def forget_copy(p: nn.Parameter) -> None:
+    """After a shard was written: the copy of it within a node (ZeRO-3's hpZ) is made anew when it is next gathered."""
+    if hasattr(p, "ds_secondary_tensor"):
+        p.ds_secondary_tensor = None
+
+
 def _share(numel: int) -> tuple[int, int]:
     """What a rank takes of something that all ranks hold."""
     rank, world = distributed.rank(), distributed.world_size()
@@ -128,9 +140,14 @@ def after_writing_weights(engine: Any) -> None:
     """Renew what is derived from the flat tensors and the shards: low-precision and whole parameters."""
     stage = engine.zero_optimization_stage()
     if stage == 3:
+        for p in engine.module.parameters():
+            forget_copy(p)
         engine.optimizer.checkpoint_event_epilogue()
     elif stage > 0:
         engine.optimizer.update_lp_params()
+    else:
+        for p, updated in _copies(engine.optimizer):
+            p.data.copy_(updated.data)
 
 
 def persistent_buffers(module: nn.Module) -> dict[str, Tensor]:

@@ -163,4 +163,5 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], where: str) -> N
                 values.copy_(values.float() + more.to(values.device))
             else:
                 continue
+            fragments.forget_copy(p)
             p.from_checkpoint = True  # type: ignore[attr-defined]  # see frozen.from_pretrained_folders

@@ -1,0 +1,43 @@
+"""What is done to a backbone layer by layer: activation checkpointing, torch.compile."""
+
+from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from medvlm.errors import UserError
+
+
+def repeated_layers(backbone: nn.Module) -> list[nn.Module]:
+    """The transformer layers of a Hugging Face model, in order."""
+    return [module for module in backbone.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+def checkpoint_activations(backbone: nn.Module, which: bool | int | list[int], field: str) -> None:
+    """Recompute activations in the backward pass: of all layers (True), of every ``which``-th, or of those listed."""
+    if which is False:
+        return
+    layers = repeated_layers(backbone)
+    if isinstance(which, list):
+        chosen = {number + len(layers) if number < 0 else number for number in which}
+    else:
+        chosen = set(range(0, len(layers), int(which)))
+    if not chosen <= set(range(len(layers))):
+        raise UserError(f"{field}.gradient_checkpointing: {which} names a layer beyond the {len(layers)} there are")
+    backbone.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+    for number, layer in enumerate(layers):
+        layer.gradient_checkpointing = number in chosen  # type: ignore[assignment]
+
+
+def compile_layers(backbones: list[nn.Module], backend: str) -> None:
+    """``torch.compile`` for each transformer layer on its own, in place, with sizes left open.
+
+    A layer is compiled once for all its like, batches of another length need no new compilation, and what lies between
+    the layers (images merged into the text, the choice of supervised positions) is free to depend on the data.
+    """
+    import torch
+
+    known = [*torch.compiler.list_backends(exclude_tags=()), "eager"]
+    if backend not in known:
+        raise UserError(f"training.compile: torch has no backend {backend!r}; known: {', '.join(sorted(set(known)))}")
+    for backbone in backbones:
+        for layer in repeated_layers(backbone):
+            layer.compile(backend=backend, dynamic=True)
