@@ -13,7 +13,7 @@ from transformers import AutoConfig
 from medvlm.config.load import load_recipe
 from medvlm.errors import UserError
 from medvlm.models import kernels
-from medvlm.models.build import build_components, build_model
+from medvlm.models.build import build_components, build_model, build_plain_model
 from medvlm.models.kernels import Machine, choose_kernels
 from medvlm.objectives.language_modeling import linear_cross_entropy_sum, token_cross_entropy_sum
 
@@ -194,6 +194,17 @@ def test_liger_patches_this_model_and_makes_its_loss(monkeypatch, tmp_path):
     with torch.no_grad():
         model(ids, ids, none)
     assert len(calls) == 2, "Liger makes gradients in its forward pass: evaluation must not"
+
+
+def test_export_builds_on_the_cpu_whatever_the_recipe_asks_of_a_gpu(monkeypatch, tmp_path):
+    monkeypatch.setattr(Machine, "here", staticmethod(lambda dtype: GPU))
+    make_tokenizer(tmp_path / "tokenizer")
+    options = {"model__attention": "flash_attention_2", "model__kernels": "liger"}
+    config = load_recipe(str(make_recipe(tmp_path, **options)))
+    parts = build_components(config.model)
+    with pytest.raises(UserError, match="flash-attn is not installed"):
+        build_model(config.model, parts, torch.float32)
+    assert build_plain_model(config.model, parts).choices == ("attention: varlen", "kernels: torch")
 
 
 def test_liger_leaves_what_its_kernels_do_not_compute(monkeypatch):

@@ -8,14 +8,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import save_file
 
 from medvlm.config.schema import Model, RunConfig
 from medvlm.errors import UserError
 from medvlm.export.llava import open_run, stock_name, to_llava, verify
 from medvlm.models import lora
-from medvlm.models.build import Components, build_components, build_model
+from medvlm.models.build import Components, build_components, build_plain_model
 from medvlm.models.trainable import part_config
 from medvlm.models.vision_language_model import PARTS
 from medvlm.training import checkpoint
@@ -37,7 +36,7 @@ def export_adapter(
     if not any(lora.lora_of(config.model, part) for part in PARTS):
         raise UserError(f"{run}: no part of it has `train: lora`; leave out --adapter")
     parts = build_components(config.model)
-    model = build_model(config.model, parts, torch.float32, seed=config.run.seed)
+    model = build_plain_model(config.model, parts, config.run.seed)
     lora.add_adapters(model, config.model, parts.unused_vision_parameters, config.run.seed)
     state = checkpoint.consolidate(source, ema=ema)
     checkpoint.load_weights(model, state, str(source))
@@ -70,7 +69,7 @@ def write_base(weights: checkpoint.StockWeights, parts: Components, config: RunC
     plain = config.model_copy(deep=True)
     for part in PARTS:
         part_config(plain.model, part).train = "frozen"
-    model = build_model(plain.model, parts, torch.float32)
+    model = build_plain_model(plain.model, parts)
     checkpoint.load_weights(model, weights, str(weights.path))
     to_llava(model, parts, plain).save_pretrained(folder)
     parts.processor.save_pretrained(folder)

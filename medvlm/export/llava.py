@@ -26,7 +26,7 @@ from medvlm.data.images import ImageTransform
 from medvlm.data.schema import make_message
 from medvlm.errors import UserError
 from medvlm.export.model_card import model_card
-from medvlm.models.build import Components, build_components, build_model
+from medvlm.models.build import Components, build_components, build_plain_model
 from medvlm.models.lora import add_adapters, merged
 from medvlm.models.vision_language_model import VisionLanguageModel
 from medvlm.training import checkpoint
@@ -42,7 +42,7 @@ def export_run(run: Path, out: Path, tag: str | None = None, ema: bool = False) 
     """
     config, source = open_run(run, out, tag)
     parts = build_components(config.model)
-    model = build_model(config.model, parts, torch.float32, seed=config.run.seed)
+    model = build_plain_model(config.model, parts, config.run.seed)
     add_adapters(model, config.model, parts.unused_vision_parameters, config.run.seed)
     checkpoint.load_weights(model, checkpoint.consolidate(source, ema=ema), str(source))
     model.eval()

@@ -95,11 +95,25 @@ def build_components(config: Model) -> Components:
     return Components(processor, vision, text, tokens, dim, size, unused, grown)
 
 
+def build_plain_model(config: Model, parts: Components, seed: int = 0) -> VisionLanguageModel:
+    """The model in fp32 on the CPU, whatever attention and kernels the recipe asks of its GPUs: for export."""
+    plain = config.model_copy(update={"attention": "auto", "kernels": "torch"})
+    return build_model(plain, parts, torch.float32, seed=seed, machine=Machine())
+
+
 def build_model(
-    config: Model, parts: Components, dtype: torch.dtype, deepspeed_config: dict[str, Any] | None = None, seed: int = 0
+    config: Model,
+    parts: Components,
+    dtype: torch.dtype,
+    deepspeed_config: dict[str, Any] | None = None,
+    seed: int = 0,
+    machine: Machine | None = None,
 ) -> VisionLanguageModel:
-    """The model in ``dtype``; born sharded if ``deepspeed_config`` says ZeRO-3. Same seed, same new weights."""
-    machine = Machine.here(dtype)
+    """The model in ``dtype``; born sharded if ``deepspeed_config`` says ZeRO-3. Same seed, same new weights.
+
+    Attention and kernels are those of ``machine``, by default this one. Raises UserError if it lacks what is asked for.
+    """
+    machine = machine or Machine.here(dtype)
     attention = choose_attention(config.attention, machine, parts.text_config)
     kernels = choose_kernels(config.kernels, machine, parts.text_config)
     zero3 = bool(deepspeed_config) and deepspeed_config["zero_optimization"]["stage"] == 3  # type: ignore[index]

@@ -107,8 +107,7 @@ class CostRecorder:
     """Watches the next forward pass of a model with gradients, once; then ``costs`` says what its units of work cost.
 
     What is frozen, adapted or checkpointed is seen as it runs: a layer has an activation gradient if its input requires
-    one, a weight gradient if its weight does. It works on the meta device too. ``unused`` names vision parameters that
-    no feature depends on.
+    one, a weight gradient if its weight does. ``unused`` names vision parameters that no feature depends on.
     """
 
     def __init__(self, model: VisionLanguageModel, unused: Iterable[str] = ()):
