@@ -183,13 +183,16 @@ def _from_studies(
     used: set[str] = set()
     for number, row in enumerate(rows, 1):
         what, value = f"row {number}", str(row[column]).strip()
-        found = studies.get(value, [])
-        why = "no study in the folder" if not found else "several studies share the id" if len(found) > 1 else ""
+        found = studies.get(value)
+        why = "no study in the folder" if found is None else "study was dropped" if not found else ""
+        if found and len(found) > 1:
+            why = "several studies share the id"
         if why or value in used:
             yield Dropped(what, why or "duplicate id")
             used.add(value)
             continue
         used.add(value)
+        assert found
         study = found[0]
         split = _split(row, layout, study.patient)
         report = _report(row, layout)

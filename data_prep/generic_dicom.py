@@ -26,6 +26,7 @@ class Series:
     """``folders``: folder -> number of its slices in this series; ``frames``: of a multi-frame file, else 1."""
 
     modality: str
+    first: str  # file
     folders: dict[str, int] = field(default_factory=dict)
     file: str = ""
     frames: int = 1
@@ -50,7 +51,10 @@ class Study:
 def studies_of(
     source: Path, join: str, skip: set[Path], min_slices: int, pseudonym: Callable[[str, str], str]
 ) -> Generator[Dropped, None, dict[str, list[Study]]]:
-    """Yields what cannot be used; returns join value -> usable studies, in the order of their first files."""
+    """Yields what cannot be used; returns join value -> usable studies, in the order of their first files.
+
+    The list is empty where all studies of a value were dropped.
+    """
     studies: dict[str, Study] = {}
     in_folder: dict[str, set[str]] = defaultdict(set)  # several series may lie in one folder
     for path in _files(source, skip):
@@ -70,6 +74,7 @@ def studies_of(
     for study in studies.values():
         yield from _settle(study, in_folder, min_slices, pseudonym)
         value = {"study": study.uid, "accession": study.accession, "patient": study.patient}[join]
+        usable = found[value] if value else []
         if len(study.patients) > 1:
             yield Dropped(study.place, "study of two patients")
         elif not study.sources:
@@ -77,7 +82,7 @@ def studies_of(
         elif not value:
             yield Dropped(study.place, "header lacks an id")
         else:
-            found[value].append(study)
+            usable.append(study)
     return dict(found)
 
 
@@ -87,7 +92,7 @@ def _add(study: Study, ids: dict[str, str], name: str, folder: str, pseudonym: C
         image_id = pseudonym("image", ids["SOPInstanceUID"] or name)
         study.pictures.append(Source(name, "dicom", image_id=image_id, view=_view(ids["ViewPosition"])))
         return
-    series = study.series.setdefault(ids["SeriesInstanceUID"], Series(modality))
+    series = study.series.setdefault(ids["SeriesInstanceUID"], Series(modality, name))
     series.folders[folder] = series.folders.get(folder, 0) + 1
     if frames > series.frames:
         series.file, series.frames = name, frames
@@ -100,12 +105,13 @@ def _settle(
     study.sources = list(study.pictures)
     for uid, series in study.series.items():
         place = series.file or next(iter(series.folders))
+        what = place if series.file or len(in_folder[place]) == 1 else series.first  # a folder of many tells nothing
         if series.modality not in SERIES:
-            yield Dropped(place, "modality not taken")
+            yield Dropped(what, "modality not taken")
         elif series.slices < min_slices:
-            yield Dropped(place, "series with few slices")
+            yield Dropped(what, "series with few slices")
         elif len(series.folders) > 1 or (series.file and sum(series.folders.values()) > 1):
-            yield Dropped(place, "series in several folders or files of frames")
+            yield Dropped(what, "series in several folders or files of frames")
         else:
             shared = not series.file and len(in_folder[place]) > 1
             options: dict[str, Any] = {"series_uid": uid} if shared else {}

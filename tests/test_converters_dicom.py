@@ -41,7 +41,10 @@ def test_studies_are_joined_to_their_reports_by_the_header(export, key, tmp_path
         {"AccessionNumber": "ACC77", "report": "Clear lungs.", "labels_Nodule": "0"},
         {"AccessionNumber": "ACC99", "report": "No images.", "labels_Nodule": ""},
         {"AccessionNumber": "ACC77", "report": "Again.", "labels_Nodule": ""},
+        {"AccessionNumber": "ACC80", "report": "Cyst.", "labels_Nodule": ""},
     ]
+    alone = {"StudyInstanceUID": "1.2.826.9", "PatientID": "MRN0049", "AccessionNumber": "ACC80", "Modality": "US"}
+    write_dicom(export / "u" / "us.dcm", **alone)
     table = write_csv(tmp_path / "reports.csv", rows)
     found = list(generic.items(export, table=table, key_file=key, dicom="AccessionNumber"))
     ct, xray = kept(found)
@@ -50,13 +53,16 @@ def test_studies_are_joined_to_their_reports_by_the_header(export, key, tmp_path
     assert answers(ct) == ["Findings: Nodule.\nImpression: Follow up."] and answers(xray) == ["Clear lungs."]
     assert (ct.fields["labels"], xray.fields["labels"]) == ({"Nodule": 1}, {"Nodule": 0})
     assert sorted(dropped(found)) == [
-        ("b", "series with few slices"),
+        ("b/2-000.dcm", "series with few slices"),
         ("c", "modality not taken"),
         ("d/x.dcm", "study without a row in the table"),
         ("e/x.dcm", "header lacks an id"),
         ("readme.txt", "not a DICOM file"),
         ("row 3", "no study in the folder"),
         ("row 4", "duplicate id"),
+        ("row 5", "study was dropped"),
+        ("u", "modality not taken"),
+        ("u/us.dcm", "study without a usable image"),
     ]
     for item in (ct, xray):
         assert not any(word in repr(item.fields) for word in ("MRN", "ACC", "1.2.826", "MUSTERMANN", "1951"))
