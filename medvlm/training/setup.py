@@ -21,7 +21,7 @@ from medvlm.models.lora import add_adapters
 from medvlm.models.sequence_parallel import SequenceParallel
 from medvlm.models.trainable import PartSummary, apply_trainable
 from medvlm.models.vision_language_model import VisionLanguageModel
-from medvlm.training import checkpoint, distributed, lifecycle, trackers
+from medvlm.training import checkpoint, distributed, lifecycle, trackers, watch
 from medvlm.training.engine import forget_first_step, lift_scalars, one_secondary_group
 from medvlm.training.feed import accumulation_steps, count_lengths, make_plan, needs_lengths, training_data
 from medvlm.training.guard import Gate
@@ -201,9 +201,11 @@ def lengths_for_all_ranks(config: RunConfig, data: MicroBatches) -> Lengths | No
     """Rank 0 counts or finds them, and tells the others."""
     if not needs_lengths(config.data):
         return None
+    watch.enter("counting token lengths on rank 0", limit=distributed.TIMEOUT.total_seconds())
     lengths = count_lengths(config, data, progress=True) if distributed.rank() == 0 else None
     counts = np.stack([lengths.text, lengths.images], 1) if lengths else np.zeros((len(data.reader), 2), np.int32)
     counts = distributed.broadcast(counts)
+    watch.enter("start-up", limit=watch.START_UP)
     return Lengths(counts[:, 0], counts[:, 1], data.encoder.conversation.image_tokens)
 
 
