@@ -210,3 +210,46 @@ def test_a_checkpoint_written_while_training_goes_on_holds_its_own_step(world, t
             if name in a and kind in a.trained.stored.get(name, {}):
                 left, right = (w.trained.tensor(kind, name, 0, shape.numel()) for w in (a, b))
                 assert torch.equal(left, right)
+
+
+def test_consolidating_needs_memory_for_one_tensor(tmp_path):
+    """Eight tensors of 64 MiB, in two ranks' files: twice one of them is enough."""
+    (row,) = two_ranks(
+        f"""
+        import json, os
+        from pathlib import Path
+        import torch
+        from medvlm.training import distributed
+        from medvlm.training.checkpoint import files, folder, report
+
+        distributed.start()
+        run = Path({str(tmp_path)!r})
+        source, n = run / "checkpoints" / "step-00000001.partial", 2**24
+        source.mkdir(parents=True)
+        names = [f"language_model.{{i}}" for i in range(8)]
+        written = {{}}
+        for rank in range(2):
+            entries = [files.Entry(f"param:{{k}}", torch.float32, (n // 2,), lambda: [torch.ones(n // 2)])
+                       for k in names]
+            starts = json.dumps({{k: rank * n // 2 for k in names}})
+            metadata = {{"starts": starts, "scalars": "{{}}", "layouts": "{{}}"}}
+            name = folder.rank_file(rank, 2)
+            written[name] = files.write_safetensors(source / name, entries, metadata)
+        record = {{"format": folder.FORMAT, "step": 1, "files": written, "config": {{}},
+                  "frozen": {{"origin": {{}}, "folder": None}},
+                  "parameters": {{k: {{"shape": [n], "stored": "trained"}} for k in names}}}}
+        folder.complete(source, record)
+
+        def memory(field):
+            lines = Path("/proc/self/status").read_text().splitlines()
+            return int(next(line for line in lines if line.startswith(field)).split()[1]) / 1024
+
+        Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+        before = memory("VmRSS")
+        done = report.consolidate_to(run, run / "out", "fp32", 1.0)
+        print(json.dumps({{"bytes": done["bytes"], "peak": memory("VmHWM") - before}}), flush=True)
+        """,
+        tmp_path,
+        ranks=1,
+    )
+    assert row["bytes"] == 8 * 2**26 and row["peak"] < 128, row

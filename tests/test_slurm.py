@@ -18,7 +18,7 @@ from test_training import metrics, weights
 from toy import make_recipe, make_world
 
 from medvlm.config.load import load_recipe
-from medvlm.export.llava import to_llava
+from medvlm.export.llava import write_llava
 from medvlm.models.build import build_components, build_model
 
 TRAIN, EVALUATE = REPO / "launchers/slurm/train.sbatch", REPO / "launchers/slurm/evaluate.sbatch"
@@ -108,7 +108,7 @@ def test_a_job_that_is_interrupted_three_times_equals_an_uninterrupted_run(slurm
 def test_an_exported_folder_is_evaluated(slurm: Cluster, site):  # noqa: F811
     config = load_recipe(str(make_recipe(site)))
     parts = build_components(config.model)
-    to_llava(build_model(config.model, parts, torch.float32).eval(), parts, config).save_pretrained(site / "model")
+    write_llava(site / "model", dict(build_model(config.model, parts, torch.float32).named_parameters()), parts, config)
     parts.processor.save_pretrained(site / "model")
     arguments = (site / "model", "--data", site / "shards", "--limit", 2, "--max-new-tokens", 2)
     job = Job(slurm, EVALUATE, *arguments, options=ONE_RANK[1:])

@@ -3,18 +3,16 @@
 Parts that trained without adapters, as a rule the projector, go along whole as PEFT's ``modules_to_save``.
 """
 
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
 
-from medvlm.config.schema import Model, RunConfig
+from medvlm.config.schema import Model
 from medvlm.errors import UserError
-from medvlm.export.llava import open_run, stock_name, to_llava, verify
+from medvlm.export.llava import open_run, stock_name, trained_model, values_of_identity, verify, write_llava
 from medvlm.models import lora
-from medvlm.models.build import Components, build_components, build_plain_model
+from medvlm.models.build import build_components
 from medvlm.models.trainable import part_config
 from medvlm.models.vision_language_model import PARTS
 from medvlm.training import checkpoint
@@ -36,43 +34,29 @@ def export_adapter(
     if not any(lora.lora_of(config.model, part) for part in PARTS):
         raise UserError(f"{run}: no part of it has `train: lora`; leave out --adapter")
     parts = build_components(config.model)
-    model = build_plain_model(config.model, parts, config.run.seed)
-    lora.add_adapters(model, config.model, parts.unused_vision_parameters, config.run.seed)
     state = checkpoint.consolidate(source, ema=ema)
-    checkpoint.load_weights(model, state, str(source))
+    model = trained_model(config, parts, state)
+    plain = checkpoint.StockWeights(state, merge=False, built=model)
 
-    staging = out.with_name(out.name + ".partial")
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
+    staging = checkpoint.new_folder(out)
     frozen = base or staging / "base"
     if base is None:
-        write_base(checkpoint.StockWeights(state, merge=False), parts, config, frozen)
+        frozen.mkdir()
+        write_llava(frozen, plain, parts, config)
     tensors = {adapter_name(name): value for name, value in state.items() if lora.is_adapter(name)}
     whole = _whole_modules(config.model)
-    for name, value in to_llava(model, parts, config).state_dict().items() if whole else ():
-        if any(module in name.split(".") for module in whole):
-            tensors[PREFIX + name] = value
+    for name, value in [*plain.items(), *values_of_identity(config, parts)] if whole else []:
+        if any(module in stock_name(name).split(".") for module in whole):
+            tensors[PREFIX + stock_name(name)] = value
     save_file({name: value.contiguous() for name, value in tensors.items()}, staging / "adapter_model.safetensors")
     settings = adapter_config(config.model, list(state), whole)
     settings.base_model_name_or_path = str(base or out / "base")
     settings.inference_mode = True
     settings.save_pretrained(staging)
     parts.processor.save_pretrained(staging)
-    proof = verify(model.eval(), parts, frozen, staging)
-    if out.exists():
-        out.rmdir()
-    os.rename(staging, out)
+    proof = verify(model, parts, frozen, staging)
+    checkpoint.finish_folder(staging, out)
     return {"path": str(out), "base": settings.base_model_name_or_path, "checkpoint": str(source), **proof}
-
-
-def write_base(weights: checkpoint.StockWeights, parts: Components, config: RunConfig, folder: Path) -> None:
-    plain = config.model_copy(deep=True)
-    for part in PARTS:
-        part_config(plain.model, part).train = "frozen"
-    model = build_plain_model(plain.model, parts)
-    checkpoint.load_weights(model, weights, str(weights.path))
-    to_llava(model, parts, plain).save_pretrained(folder)
-    parts.processor.save_pretrained(folder)
 
 
 def adapter_name(name: str) -> str:

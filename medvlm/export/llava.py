@@ -5,11 +5,11 @@ Settings that make the export exact (single linear projector, towers without CLS
 
 import io
 import json
-import os
-import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,9 @@ import torch
 import transformers
 import yaml
 from PIL import Image
+from torch import Tensor
 from transformers import GenerationConfig, LlavaConfig, LlavaForConditionalGeneration
+from transformers.core_model_loading import revert_weight_conversion
 
 from medvlm.config.schema import RunConfig
 from medvlm.data.conversation import ConversationEncoder
@@ -27,40 +29,51 @@ from medvlm.data.schema import make_message
 from medvlm.errors import UserError
 from medvlm.export.model_card import model_card
 from medvlm.models.build import Components, build_components, build_plain_model
-from medvlm.models.lora import add_adapters, merged
+from medvlm.models.lora import add_adapters
 from medvlm.models.vision_language_model import VisionLanguageModel
 from medvlm.training import checkpoint
 
 TOLERANCE = 1e-5
+SHARD_BYTES = 4 * 2**30
 QUESTION = "Is there a pleural effusion?"
 
 
-def export_run(run: Path, out: Path, tag: str | None = None, ema: bool = False) -> dict[str, Any]:
+def export_run(run: Path, out: Path, tag: str | None = None, ema: bool = False, prove: bool = True) -> dict[str, Any]:
     """Export a run's checkpoint (the newest, or ``tag``), or its moving average, to ``out``; returns what was proven.
 
-    Raises UserError if the fresh process's logits differ by more than 1e-5 in fp32; ``out`` is then not written.
+    Weights go from the checkpoint to ``out`` one by one. The proof needs the model in memory, once; without it names,
+    shapes and the checkpoint's checksums are what is checked. Raises UserError if the fresh process's logits differ by
+    more than 1e-5 in fp32; ``out`` is then not written.
     """
     config, source = open_run(run, out, tag)
     parts = build_components(config.model)
+    weights = checkpoint.consolidate(source, ema=ema)
+    model = trained_model(config, parts, weights) if prove or weights.absent else None
+    expected = answers(model, parts) if prove and model else None
+    values = checkpoint.StockWeights(weights, merge=True, built=model if weights.absent else None)
+    del model
+
+    staging = checkpoint.new_folder(out)
+    bf16 = checkpoint.read_manifest(source)["bf16"]
+    write_llava(staging, values, parts, config, torch.float32 if prove or not bf16 else torch.bfloat16)
+    proof = None
+    if expected:
+        proof = compare(expected, staging)
+        if bf16:  # proven in fp32, published in the type it was trained in
+            for path in staging.glob("model*"):
+                path.unlink()
+            write_llava(staging, values, parts, config, torch.bfloat16)
+    (staging / "README.md").write_text(model_card(config, source.name, proof))
+    checkpoint.finish_folder(staging, out)
+    return {"path": str(out), "checkpoint": str(source), **(proof or {"proof": "left out"})}
+
+
+def trained_model(config: RunConfig, parts: Components, weights: checkpoint.Weights) -> VisionLanguageModel:
+    """The model of a run with the weights of its checkpoint, in fp32, on one process."""
     model = build_plain_model(config.model, parts, config.run.seed)
     add_adapters(model, config.model, parts.unused_vision_parameters, config.run.seed)
-    checkpoint.load_weights(model, checkpoint.consolidate(source, ema=ema), str(source))
-    model.eval()
-
-    staging = out.with_name(out.name + ".partial")
-    shutil.rmtree(staging, ignore_errors=True)
-    bf16 = checkpoint.read_manifest(source)["bf16"]
-    to_llava(model, parts, config).save_pretrained(staging)
-    parts.processor.save_pretrained(staging)
-    proof = verify(model, parts, staging)
-    if bf16:  # proven in fp32, published in the type it was trained in
-        to_llava(model, parts, config).bfloat16().save_pretrained(staging)
-    (staging / "README.md").write_text(model_card(config, source.name, proof))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    if out.exists():
-        out.rmdir()
-    os.rename(staging, out)
-    return {"path": str(out), "checkpoint": str(source), **proof}
+    checkpoint.load_weights(model, weights, str(weights.path))
+    return model.eval()
 
 
 def open_run(run: Path, out: Path, tag: str | None) -> tuple[RunConfig, Path]:
@@ -73,6 +86,7 @@ def open_run(run: Path, out: Path, tag: str | None) -> tuple[RunConfig, Path]:
         raise UserError(f"{source}: no such complete checkpoint")
     if out.exists() and any(out.iterdir()):
         raise UserError(f"{out}: exists and is not empty")
+    checkpoint.refuse_changed(source)
     return config, source
 
 
@@ -92,19 +106,50 @@ def llava_config(parts: Components, config: RunConfig) -> LlavaConfig:
     )
 
 
-def to_llava(model: VisionLanguageModel, parts: Components, config: RunConfig) -> LlavaForConditionalGeneration:
-    """The same weights in transformers' class, fp32, adapters merged."""
-    target = LlavaForConditionalGeneration(llava_config(parts, config))
-    state = {stock_name(name): tensor for name, tensor in merged(model.state_dict(), config.model)}
-    if config.model.multi_modal_projector.kind == "linear":  # the stock projector has a second layer: the identity
-        dim = parts.text_config.hidden_size
-        state["model.multi_modal_projector.linear_2.weight"] = torch.eye(dim)
-        state["model.multi_modal_projector.linear_2.bias"] = torch.zeros(dim)
-    target.load_state_dict(state, strict=True)
+def write_llava(
+    folder: Path, values: Mapping[str, Tensor], parts: Components, config: RunConfig, dtype: torch.dtype = torch.float32
+) -> None:
+    """A folder of transformers' own class with ``values``, which are ours by name; each is asked for once, when it is
+    written, so a mapping that reads them from elsewhere needs memory for one at a time.
+
+    Raises UserError if they are not exactly the weights of that class.
+    """
+    with torch.device("meta"):
+        target = LlavaForConditionalGeneration(llava_config(parts, config))
+    target.to(dtype)  # type: ignore[arg-type]
     target.generation_config = GenerationConfig(
         eos_token_id=_stop_tokens(parts), pad_token_id=parts.tokenizer.pad_token_id, do_sample=False
     )
-    return target.eval()
+    target.save_pretrained(folder, state_dict={})
+    parts.processor.save_pretrained(folder)
+    identity = dict(values_of_identity(config, parts))
+    ours = {stock_name(name): name for name in [*values, *identity]}
+    parameters = dict(target.named_parameters())
+    if wrong := ours.keys() ^ parameters.keys():
+        raise UserError(f"{folder}: LLaVA's weights are not the trained ones: {', '.join(sorted(wrong)[:3])}")
+    entries = []
+    for file_name, name in file_names(target, parameters).items():
+        source = identity if ours[name] in identity else values
+        pieces = partial(checkpoint.in_pieces, source, ours[name], dtype)
+        entries.append(checkpoint.Entry(file_name, dtype, tuple(parameters[name].shape), pieces))
+    checkpoint.write_sharded(folder, entries, SHARD_BYTES)
+
+
+def file_names(target: LlavaForConditionalGeneration, parameters: dict[str, Any]) -> dict[str, str]:
+    """Name in transformers' files -> name in its class. They differ, as the files keep the names of older versions."""
+    reverted = revert_weight_conversion(target, parameters)
+    names = {id(p): name for name, p in parameters.items()}
+    if len(reverted) != len(names) or any(id(p) not in names for p in reverted.values()):
+        raise UserError(f"{type(target).__name__}: transformers stores its weights in a form that is not written here")
+    return {file_name: names[id(p)] for file_name, p in reverted.items()}
+
+
+def values_of_identity(config: RunConfig, parts: Components) -> Iterator[tuple[str, Tensor]]:
+    """The stock projector has a second layer, which a single linear projector leaves as the identity."""
+    if config.model.multi_modal_projector.kind == "linear":
+        dim = parts.text_config.hidden_size
+        yield "multi_modal_projector.linear_2.weight", torch.eye(dim)
+        yield "multi_modal_projector.linear_2.bias", torch.zeros(dim)
 
 
 def stock_name(name: str) -> str:
@@ -128,9 +173,12 @@ def verify(model: VisionLanguageModel, parts: Components, folder: Path, adapter:
     """Compare the training model with the folder as unmodified transformers loads it in a fresh process.
 
     ``adapter``: a PEFT folder that unmodified ``peft`` puts on it.
-
-    Two samples (one image, no image) go from raw pixels and messages to logits on both sides, each by its own route.
     """
+    return compare(answers(model, parts), folder, adapter)
+
+
+def answers(model: VisionLanguageModel, parts: Components) -> dict[str, Any]:
+    """The training model's logits of two samples, with an image and without, from raw pixels and messages."""
     size = parts.image_size
     ramp = np.add.outer(np.arange(size + size // 2), np.arange(2 * size))
     noise = np.random.default_rng(0).integers(0, 64, ramp.shape)
@@ -138,19 +186,24 @@ def verify(model: VisionLanguageModel, parts: Components, folder: Path, adapter:
     Image.fromarray(((ramp * 191 // ramp.max()) + noise).astype(np.uint8)).save(png, "png")
     encoder = ConversationEncoder(parts.tokenizer, parts.chat_template, parts.image_tokens)
     transform = ImageTransform(parts.processor.image_processor, exact=True)
+    expected: dict[str, Any] = {"png": png.getvalue()}
+    for name, lead in (("image", "<image>\n"), ("text", "")):
+        turns = [make_message("user", lead + QUESTION), make_message("assistant", "No.")]
+        ids, _ = encoder(turns)
+        pixels = transform(png.getvalue(), "probe")[None] if lead else torch.zeros(0, 3, size, size).byte()
+        expected[f"{name}_ids"] = torch.tensor([ids])
+        expected[f"{name}_logits"] = model.logits(torch.tensor([ids]), pixels)
+        if lead:
+            expected["pixels"] = pixels
+    return expected
+
+
+def compare(expected: dict[str, Any], folder: Path, adapter: Path | None = None) -> dict[str, Any]:
+    """A fresh process's answers from a folder beside the training model's. Raises UserError where they differ."""
     with tempfile.TemporaryDirectory() as temporary:
         work = Path(temporary)
-        (work / "image.png").write_bytes(png.getvalue())
-        expected = {}
-        for name, lead in (("image", "<image>\n"), ("text", "")):
-            turns = [make_message("user", lead + QUESTION), make_message("assistant", "No.")]
-            ids, _ = encoder(turns)
-            pixels = transform(png.getvalue(), "probe")[None] if lead else torch.zeros(0, 3, size, size).byte()
-            expected[f"{name}_ids"] = torch.tensor([ids])
-            expected[f"{name}_logits"] = model.logits(torch.tensor([ids]), pixels)
-            if lead:
-                expected["pixels"] = pixels
-        torch.save(expected, work / "expected.pt")
+        (work / "image.png").write_bytes(expected["png"])
+        torch.save({key: value for key, value in expected.items() if key != "png"}, work / "expected.pt")
         script = Path(__file__).with_name("verify.py")
         done = subprocess.run(
             [sys.executable, str(script), str(folder), str(work), QUESTION, *([str(adapter)] if adapter else [])],

@@ -5,7 +5,7 @@ from typing import Any
 from medvlm.config.schema import Backbone, RunConfig
 
 
-def model_card(config: RunConfig, checkpoint: str, proof: dict[str, Any]) -> str:
+def model_card(config: RunConfig, checkpoint: str, proof: dict[str, Any] | None) -> str:
     model = config.model
     tower, language = _origin(model.vision_tower), _origin(model.language_model)
     data = "\n".join(f"- `{source.path}`" for source in config.data.sources)
@@ -37,11 +37,17 @@ model = AutoModelForImageTextToText.from_pretrained(".")
 processor = AutoProcessor.from_pretrained(".")
 ```
 
-Checked at export: image and text logits of this folder in a fresh process differ from the training model's by at most
-{proof["max_abs_logit_diff"]:.1e} (fp32, transformers {proof["transformers"]}).
+{_checked(proof)}
 
 Not a medical device. Not for clinical use. Its answers have not been validated on patients.
 """
+
+
+def _checked(proof: dict[str, Any] | None) -> str:
+    if proof is None:
+        return "Checked at export: names and shapes of the weights, not its logits against the training model's."
+    return f"""Checked at export: image and text logits of this folder in a fresh process differ from the training
+model's by at most {proof["max_abs_logit_diff"]:.1e} (fp32, transformers {proof["transformers"]})."""
 
 
 def _origin(part: Backbone) -> str:

@@ -5,13 +5,25 @@ state. Frozen weights are stored once per run, or, where a pretrained folder giv
 numbers and the data's position need no state: both are functions of the step. `docs/resume.md` describes the files.
 """
 
-from medvlm.training.checkpoint.folder import checkpoints, clean, fingerprint, newest, read_manifest, step_of, to_resume
+from medvlm.training.checkpoint.files import Entry
+from medvlm.training.checkpoint.folder import (
+    checkpoints,
+    clean,
+    fingerprint,
+    newest,
+    read_manifest,
+    refuse_changed,
+    step_of,
+    to_resume,
+)
 from medvlm.training.checkpoint.loading import load_weights, resume
 from medvlm.training.checkpoint.pieces import Weights, consolidate
 from medvlm.training.checkpoint.saving import Saver, identity, save
+from medvlm.training.checkpoint.sharded import finish_folder, in_pieces, new_folder, write_sharded
 from medvlm.training.checkpoint.stock import StockWeights
 
 __all__ = [
+    "Entry",
     "Saver",
     "StockWeights",
     "Weights",
@@ -19,12 +31,17 @@ __all__ = [
     "clean",
     "consolidate",
     "fingerprint",
+    "finish_folder",
     "identity",
+    "in_pieces",
     "load_weights",
+    "new_folder",
     "newest",
     "read_manifest",
+    "refuse_changed",
     "resume",
     "save",
     "step_of",
     "to_resume",
+    "write_sharded",
 ]

@@ -9,7 +9,7 @@ import json
 import math
 import os
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,12 +37,12 @@ CHUNK = 16 * 2**20  # bytes written, read or checked at a time
 
 @dataclass
 class Entry:
-    """A tensor to be written; ``tensor`` gives it when its turn comes, on any device."""
+    """A tensor to be written; ``pieces`` gives it when its turn comes, flat and in order, on any device."""
 
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
-    tensor: Callable[[], Tensor]
+    pieces: Callable[[], Iterable[Tensor]]
 
     @property
     def bytes(self) -> int:
@@ -74,9 +74,13 @@ def write_safetensors(path: Path, entries: Sequence[Entry], metadata: dict[str, 
 
         put(len(text).to_bytes(8, "little") + text)
         for entry in entries:
-            tensor = entry.tensor()
-            assert tensor.dtype == entry.dtype and tuple(tensor.shape) == entry.shape, entry.name
-            put(as_bytes(tensor.detach().cpu().contiguous()))
+            count = 0
+            for piece in entry.pieces():
+                assert piece.dtype == entry.dtype, entry.name
+                put(as_bytes(piece.detach().cpu().contiguous()))
+                count += piece.numel()
+                del piece  # before the next one is made
+            assert count == math.prod(entry.shape), entry.name
         os.fsync(file.fileno())
     return {"size": 8 + len(text) + at, "crc32": f"{crc:08x}"}
 

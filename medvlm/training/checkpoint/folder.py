@@ -72,6 +72,11 @@ def refuse_damaged(path: Path, damage: str) -> None:
     raise UserError(f"{path}: {damage}; it was changed after it had been written; {mend}")
 
 
+def refuse_changed(path: Path) -> None:
+    """Raise UserError unless every byte of a checkpoint is as it was written."""
+    refuse_damaged(path, missing(path) or changed(all_files(path)))
+
+
 def read_manifest(path: Path) -> dict[str, Any]:
     """Raises UserError if it is no checkpoint of this format."""
     try:

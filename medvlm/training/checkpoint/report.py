@@ -1,11 +1,7 @@
 """What ``medvlm checkpoint`` does."""
 
-import json
 import math
-import os
-import shutil
 from collections import defaultdict
-from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,10 +9,9 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 
 from medvlm.errors import UserError
-from medvlm.training.checkpoint.files import Entry, sync_folder, write_safetensors, write_text
+from medvlm.training.checkpoint.files import Entry
 from medvlm.training.checkpoint.folder import (
     all_files,
     changed,
@@ -24,12 +19,14 @@ from medvlm.training.checkpoint.folder import (
     newest,
     prune,
     read_manifest,
+    refuse_changed,
     refuse_damaged,
     remove_after,
     step_folders,
     step_of,
 )
 from medvlm.training.checkpoint.pieces import VALUE, Pieces, Weights
+from medvlm.training.checkpoint.sharded import finish_folder, in_pieces, new_folder, write_sharded
 from medvlm.training.run_lock import lock_alone
 
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -106,59 +103,16 @@ def consolidate_to(path: Path, out: Path, dtype: str, shard_gib: float) -> dict[
     if dtype not in TYPES:
         raise UserError(f"--dtype: {dtype!r} is not one of {', '.join(TYPES)}")
     folder = find(path)
-    refuse_damaged(folder, changed(all_files(folder)))
+    refuse_changed(folder)
     weights = Weights(folder)
     entries = [
-        Entry(name, TYPES[dtype], tuple(weights.shapes[name]), partial(_converted, weights, name, TYPES[dtype]))
+        Entry(name, TYPES[dtype], tuple(weights.shapes[name]), partial(in_pieces, weights, name, TYPES[dtype]))
         for name in weights
     ]
     staging = new_folder(out)
     size = write_sharded(staging, entries, int(shard_gib * 2**30))
     finish_folder(staging, out)
     return {"path": str(out), "checkpoint": str(folder), "bytes": size, "left_to_pretrained": len(weights.absent)}
-
-
-def _converted(weights: Weights, name: str, dtype: torch.dtype) -> Tensor:
-    return weights[name].to(dtype)
-
-
-def new_folder(out: Path) -> Path:
-    """An empty folder beside ``out`` that will become it. Raises UserError if ``out`` is in use."""
-    if out.exists() and any(out.iterdir()):
-        raise UserError(f"{out}: exists and is not empty")
-    staging = out.with_name(out.name + ".partial")
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
-    return staging
-
-
-def finish_folder(staging: Path, out: Path) -> None:
-    if out.exists():
-        out.rmdir()
-    sync_folder(staging)
-    os.rename(staging, out)
-    sync_folder(out.parent)
-
-
-def write_sharded(folder: Path, entries: Iterable[Entry], limit: int) -> int:
-    """Write tensors as `transformers` stores a model; returns their bytes. One tensor at a time is in memory.
-
-    Files have at most ``limit`` bytes, or one tensor; one file is called model.safetensors, several get an index.
-    """
-    shards: list[list[Entry]] = []
-    for entry in entries:
-        if not shards or sum(e.bytes for e in shards[-1]) + entry.bytes > limit:
-            shards.append([])
-        shards[-1].append(entry)
-    total, index = sum(e.bytes for shard in shards for e in shard), dict[str, str]()
-    for n, shard in enumerate(shards):
-        name = f"model-{n + 1:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
-        write_safetensors(folder / name, shard, {"format": "pt"})
-        index |= {entry.name: name for entry in shard}
-    if len(shards) > 1:
-        values = {"metadata": {"total_size": total}, "weight_map": dict(sorted(index.items()))}
-        write_text(folder / "model.safetensors.index.json", json.dumps(values, indent=2))
-    return total
 
 
 def prune_run(run: Path, keep: int | None, every: int | None, after: str | None) -> dict[str, Any]:

@@ -187,7 +187,7 @@ class Saver:
             start, values = fragments.held(parameters[name], writing=True)
             if len(values):
                 starts[name] = start
-                entries.append(Entry(key(VALUE, name), values.dtype, tuple(values.shape), partial(_same, values)))
+                entries.append(Entry(key(VALUE, name), values.dtype, tuple(values.shape), partial(_alone, values)))
         return [Part(folder, entries, starts)]
 
     def _trained(self, step: int) -> Part:
@@ -221,11 +221,11 @@ class Saver:
             if copy is None or copy.shape != tensor.shape or copy.dtype != tensor.dtype:
                 copy = self.copies[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
             tensor = copy.copy_(tensor, non_blocking=True)
-        part.entries.append(Entry(name, tensor.dtype, tuple(tensor.shape), partial(_same, tensor)))
+        part.entries.append(Entry(name, tensor.dtype, tuple(tensor.shape), partial(_alone, tensor)))
 
 
-def _same(tensor: Tensor) -> Tensor:
-    return tensor
+def _alone(tensor: Tensor) -> list[Tensor]:
+    return [tensor]
 
 
 def _scalar(value: Any) -> Any:

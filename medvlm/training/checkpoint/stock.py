@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from medvlm.config.schema import Model
 from medvlm.models.lora import is_adapter, lora_of, scale
@@ -15,13 +15,20 @@ def stock_name(name: str) -> str:
 
 
 class StockWeights(Mapping[str, Tensor]):
-    """Adapters are merged (W + factor B A, in fp32), or left out. Everything is read when it is asked for."""
+    """Adapters are merged (W + factor B A, in fp32), or left out. Everything is read when it is asked for.
 
-    def __init__(self, weights: Weights, *, merge: bool):
+    ``built``: a model with the checkpoint's weights, which gives those that a pretrained folder has; without it they
+    are absent.
+    """
+
+    def __init__(self, weights: Weights, *, merge: bool, built: nn.Module | None = None):
         self.weights, self.path, self.origin = weights, weights.path, weights.origin
         self.names = {stock_name(name): name for name in weights.shapes if not is_adapter(name)}
         self.shapes = {name: weights.shapes[old] for name, old in self.names.items()}
-        self.absent = {stock_name(name) for name in weights.absent}
+        absent = {stock_name(name) for name in weights.absent}
+        self.absent = absent if built is None else set()
+        parameters = {} if built is None else {stock_name(name): p for name, p in built.named_parameters()}
+        self.built = {name: p.detach() for name, p in parameters.items() if name in absent}
         self.model = Model.model_validate(weights.config["model"])
         adapted = {name.partition(".lora_A.")[0] for name in weights.shapes if ".lora_A." in name}
         self.adapted = {f"{layer}.weight": layer for layer in adapted} if merge else {}
@@ -40,7 +47,8 @@ class StockWeights(Mapping[str, Tensor]):
 
     def part(self, name: str, start: int, stop: int) -> Tensor:
         """Elements ``start`` to ``stop`` of a flat weight."""
-        values = self.weights.part(self.names[name], start, stop)
+        built = name in self.built
+        values = self.built[name].reshape(-1)[start:stop] if built else self.weights.part(self.names[name], start, stop)
         more = self.added(name, start, stop)
         return values if more is None else values.float() + more
 
