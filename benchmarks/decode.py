@@ -1,6 +1,6 @@
 """Images/s from tar to batch with two workers: this loader beside LLaVA's pipeline and open_clip's.
 
-    python benchmarks/decode.py [--rounds 3] [--images 128] [--side 336]
+    python benchmarks/decode.py [--rounds 3] [--images 128] [--side 336] [--workers 2]
 
 Peers are measured in the same run, in turn, on the same shards:
 - LLaVA: full decode to RGB, padding to a square with the mean colour, transformers' image processor (Pillow's backend,
@@ -12,7 +12,8 @@ peers' pipelines here do not. Its batches are uint8 and are normalised on the ac
 decodes with libjpeg-turbo is quicker.
 
 Rates are of wall time after the first batch, and per second of processor time of all processes; the best of the rounds,
-since whatever else the machine does can only slow them down.
+since whatever else the machine does can only slow them down. Workers decode ahead of the clock, so that few images on a
+busy machine give uneven rates; without workers (0) nothing is ahead.
 Images are synthetic radiographs: 2048 x 2500 JPEG at quality 95, the same shrunk to a short side of 672, and 512 x 512.
 """
 
@@ -198,11 +199,15 @@ def pipelines(side: int, tokenizer) -> dict[str, Callable[[Path], Iterator[torch
 
 
 def main() -> None:
+    global WORKERS
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--side", type=int, default=336)
     parser.add_argument("--images", type=int, default=128, help="originals per round; four times as many small ones")
+    parser.add_argument("--workers", type=int, default=WORKERS)
     options = parser.parse_args()
+    WORKERS = options.workers
+    one_thread(0)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         originals = [radiograph(2048, 2500, seed) for seed in range(12)]
