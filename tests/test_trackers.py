@@ -160,9 +160,9 @@ def test_start_stop_finish_and_failure_are_told(world, webhook):
     assert posted[-1]["text"] == "medvlm told: finished at step 4"
     assert json.loads((world / "runs" / "told" / lifecycle.FILE).read_text())["state"] == "finished"
     posted.clear()
-    launch(path, "data.max_quarantined=0", "data.max_length=12", "training.steps=6", fails=True)
+    launch(path, "run.name=fails", "data.max_quarantined=0", "data.max_length=12", fails=True)
     assert [(e["state"], e["error"]) for e in posted] == [("running", None), ("failed", "UserError")]
-    state = json.loads((world / "runs" / "told" / lifecycle.FILE).read_text())
+    state = json.loads((world / "runs" / "fails" / lifecycle.FILE).read_text())
     assert state["state"] == "failed" and "quarantined" in state["reason"]
     assert "quarantined" not in json.dumps(posted)
 
