@@ -17,7 +17,7 @@ def toy_world(tmp_path_factory):
 
 
 def test_memory_of_a_real_step_is_predicted_within_a_tenth():
-    done = zygote().run(["--small", "zero3 fp32"], script=str(REPO / "benchmarks" / "memory.py"))
+    done = zygote().run(["--small", "zero3 fp32"], script=str(REPO / "benchmarks" / "memory.py"), timeout=900)
     assert done.returncode == 0, done.stderr[:4000]
     _, _, parameters, predicted, measured, *_ = map(str.strip, done.stdout.strip().splitlines()[-1].split("|"))
     assert int(parameters.split()[0]) > 20
@@ -65,12 +65,11 @@ def test_shards_are_those_that_deepspeed_makes(toy_world, tmp_path):
         from medvlm.training import distributed, setup
         distributed.start()
         zero = setup.start(load_recipe({str(recipe)!r})).engine.optimizer
-        states = [v for values in zero.optimizer.state.values() for v in values.values() if v.dim()]
-        tensors = [*zero.fp32_partitioned_groups_flat, *states]
-        print(json.dumps({{"optimizer": sum(t.numel() * t.itemsize for t in tensors)}}), flush=True)
+        masters = zero.fp32_partitioned_groups_flat
+        print(json.dumps({{"masters": sum(t.numel() * t.itemsize for t in masters)}}), flush=True)
     """
-    real = two_ranks(script, tmp_path)[0]["optimizer"]
-    assert dry["optimizer"] == pytest.approx(real, abs=64), "steps of the groups' counters may be counted"
+    masters = two_ranks(script, tmp_path)[0]["masters"]
+    assert dry["optimizer"] == pytest.approx(3 * masters, abs=64), "Adam has two moments, and counters of a few bytes"
 
 
 def test_dry_run_says_what_ranks_read_and_refuses_a_batch_they_cannot_share(toy_world):
@@ -124,8 +123,6 @@ def test_sharded_weights_load_under_zero3_without_a_rank_holding_the_model(tmp_p
         tower = dict(config=z.CLIP, feature_layer=-1, select_strategy="full")
         model, allocated, _ = z.build(dict(vision_tower=tower, language_model=dict(path=str(folder))))
         whole = sum(p.ds_numel for p in model.parameters()) * 2
-        from transformers import AutoModelForCausalLM
-        plain = None
         same = True
         from safetensors.torch import load_file
         stored = {{k: v for f in folder.glob("*.safetensors") for k, v in load_file(f).items()}}

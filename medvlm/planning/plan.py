@@ -119,10 +119,10 @@ def make_job(
     images: int | None = None,
     steps: int | None = None,
 ) -> Job:
-    """Two micro-steps stand for any number of them above one."""
+    """Two micro-steps stand for any number of them above one; where ``steps`` are given, they have one each."""
     from medvlm.training.setup import deepspeed_config
 
-    several = config.training.global_batch_size > micro * gpus
+    several = steps is None and config.training.global_batch_size > micro * gpus
     update = {"zero": zero, "micro_batch_size": micro, "global_batch_size": micro * gpus * (2 if several else 1)}
     config = config.model_copy(update={"training": config.training.model_copy(update=update)})
     shape = longest(config, parts, micro, tokens, images)
