@@ -283,7 +283,9 @@ class _Job:
         if not report["complete"]:
             return {**report, "shards_planned": len(plan.shards)}
         if not any(marker["samples"] for marker in markers.values()):
-            raise UserError(f"{self.out}: every sample was quarantined: {_reasons(markers)}")
+            first = next(row for marker in markers.values() for row in marker["quarantined"])
+            told = f"{_reasons(markers)}; the first is {first['what']}: {first['reason']}"
+            raise UserError(f"{self.out}: every sample was quarantined: {told}")
         self._merge_indexes(report["shards"], {})
         self.output.write(QUARANTINE, b"".join(quarantine_lines(plan, self.work / "plan", markers)))
         self.output.write(DATASET, _json({k: v for k, v in report.items() if k != "complete"}))

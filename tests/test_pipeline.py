@@ -240,7 +240,7 @@ def test_a_set_of_bad_files_alone_is_an_error(tmp_path):
     source = make_archive(tmp_path / "archive", 4)
     for path in source.glob("*.png"):
         path.write_text("no")
-    with pytest.raises(UserError, match="every sample was quarantined: 4 x unreadable image"):
+    with pytest.raises(UserError, match=r"every sample was quarantined: 4 x unreadable image; the first is 0.png"):
         prepare(source, tmp_path / "out")
 
 
