@@ -22,7 +22,7 @@ import toy
 from killed import Killer
 from zygote import zygote
 
-EVERY, STEPS = 2, 40
+EVERY, STEPS = 2, 120
 OPTIONS = {
     "training__steps": STEPS,
     "training__checkpoint_every": EVERY,
@@ -57,22 +57,25 @@ def main() -> None:
                 killer.compare()
                 shutil.rmtree(killer.run)
                 turn += 1
+            report(killers)
         for killer in killers:
             if killer.run.exists():
                 assert killer.start("calls", 0) == 0
                 killer.compare()
+    report(killers)
+    print(f"losses, norms and weights equal bit for bit; no checkpoint lost; {time.monotonic() - begun:.0f} s")
+    assert max(n for killer in killers for n in killer.lost) <= 2 * EVERY
+
+
+def report(killers: list[Killer]) -> None:
     lost = [n for killer in killers for n in killer.lost]
-    print(
-        "| kills | at a random moment | inside the writing of a checkpoint | runs brought to their end | steps lost |"
-    )
-    print("|---|---|---|---|---|")
     by = {how: sum(k.kills[how] for k in killers) for how in ("seconds", "calls")}
     spread = ", ".join(f"{n}: {lost.count(n)} times" for n in sorted(set(lost)))
-    print(f"| {len(lost)} | {by['seconds']} | {by['calls']} | {sum(k.rounds for k in killers)} | {spread} |")
     print(
-        f"\nlosses, gradient norms and weights equal bit for bit; no checkpoint lost; {time.monotonic() - begun:.0f} s"
+        f"{len(lost)} kills: {by['seconds']} at a random moment, {by['calls']} in the writing of a checkpoint; "
+        f"{sum(k.rounds for k in killers)} runs brought to their end; steps lost: {spread}",
+        flush=True,
     )
-    assert max(lost) <= 2 * EVERY
 
 
 if __name__ == "__main__":

@@ -67,10 +67,10 @@ class Killer:
         return self.recipe.parent / "runs" / self.recipe.stem
 
     def start(self, how: str, longest: float) -> int:
-        """Start the run and kill it, at latest after ``longest`` seconds or calls; returns its exit status."""
+        """Start the run and kill it, at latest after ``longest`` seconds or calls (0: never); returns its status."""
         from zygote import zygote
 
-        number = self.random.uniform(0, longest) if how == "seconds" else self.random.randint(1, int(longest))
+        number = self.random.uniform(0, longest) if how == "seconds" else self.random.randint(1, int(longest) or 1)
         kill = f"{self.random.randrange(2)} {how} {number}" if longest else ""
         before = self.checkpoints()
         done = zygote().run(["train", str(self.recipe)], ranks=2, script=SCRIPT, grace=0.1, KILL=kill)
