@@ -22,13 +22,14 @@ def verdict(config: RunConfig, machine: Machine, tokens: int, images: int) -> di
     least = machine.base + rehearsal.state[PARAMETERS] + rehearsal.state[OPTIMIZER]
     impossible = least > machine.memory
     need, what = (least, "parameters and optimizer alone") if impossible else (machine.base + rehearsal.peak, "a step")
-    modes = [mode for mode in dict.fromkeys((zero, "zero3", "zero3_offload")) if (mode, micro) != (zero, 1)]
+    others = ("zero3", "zero3_offload") if machine.target == "cuda" else ("zero3",)  # a CPU has nowhere to offload to
+    modes = [mode for mode in dict.fromkeys((zero, *others)) if (mode, micro) != (zero, 1)]
     jobs = [make_job(config, parts, machine.target, mode, 1, machine.gpus, tokens, images) for mode in modes]
     fitting = [mode for mode, tried in zip(modes, rehearse(jobs), strict=True) if machine.fits(tried.peak)]
     mend = (
         f"training.zero={fitting[0]} training.micro_batch_size=1 would fit"
         if fitting
-        else "neither a micro-batch of 1 nor zero3_offload would fit; take more ranks or gradient_checkpointing"
+        else f"neither a micro-batch of 1 nor {others[-1]} would fit; take more ranks or gradient_checkpointing"
     )
     message = (
         f"memory: {what} with training.zero={zero} training.micro_batch_size={micro} would take {need / GIB:.1f} GiB "

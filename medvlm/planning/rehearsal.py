@@ -76,6 +76,8 @@ def steps_needed(ds_config: dict[str, Any]) -> int:
 
 def rehearse(jobs: Sequence[Job]) -> list[Rehearsal]:
     """Each in a process of its own, as DeepSpeed keeps state per process. Call it before joining a process group."""
+    if not jobs:
+        return []
     # imported here once, the forked processes need not
     import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
 
@@ -121,7 +123,8 @@ def rehearse_here(job: Job) -> Rehearsal:
                 engine.step()
         state = _label(count, engine)
     on_device = {phase: kinds for (phase, where), (_, kinds) in count.peaks.items() if where == device.type}
-    host = [total for (_, where), (total, _) in count.peaks.items() if where != device.type]
+    offloads = {"offload_optimizer", "offload_param"} & job.ds_config["zero_optimization"].keys()
+    host = [total for (_, where), (total, _) in count.peaks.items() if offloads and where != device.type]
     return Rehearsal(
         peaks={phase: {k: v for k, v in kinds.items() if v} for phase, kinds in on_device.items()},
         host=max(host, default=0),
