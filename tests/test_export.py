@@ -71,6 +71,10 @@ def test_a_zero3_run_exports_the_stock_key_set(world, tmp_path):
     ):
         assert set(ours.keys()) == set(its.keys())
     assert (out / "README.md").read_text().startswith("---\nlibrary_name: transformers")
+    plain = tmp_path / "unproven"
+    assert "left out" in medvlm("export", world / "runs" / "exported", "--out", plain, "--no-proof")
+    assert (plain / "model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
+    assert "not its logits" in (plain / "README.md").read_text()
 
 
 def test_a_wrong_export_is_refused(tmp_path):
