@@ -269,9 +269,16 @@ def test_grey_images_are_expanded_and_normalised_in_the_model(mean):
             self.seen = pixels
             return type("Output", (), {"hidden_states": [pixels.flatten(2).mT]})
 
+    class Language(nn.Module):
+        def get_output_embeddings(self):
+            return nn.Linear(4, 4)
+
+        def get_decoder(self):
+            return self
+
     tower = Tower()
     model = VisionLanguageModel(
-        *(tower, nn.Linear(3, 4), nn.Identity()),
+        *(tower, nn.Linear(3, 4), Language()),
         **dict(image_token_id=0, image_size=8, feature_layer=0, select_strategy="full", mean=mean, std=[0.2, 0.3, 0.4]),
     )
     grey = torch.randint(0, 256, (5, 1, 8, 8), dtype=torch.uint8)
