@@ -107,7 +107,9 @@ class Pieces:
             if json.loads(file.metadata["layouts"]).get(str(n)) == layout:
                 marked = {k.partition("@")[2]: k for k in file if k.startswith(f"{n}@")}
                 return {kind: file.read(k).view(file.shape(k)) for kind, k in marked.items()}
-        if bound:
+        layouts = [entries for file in bound for entries in json.loads(file.metadata["layouts"]).values()]
+        # other flat tensors may have such states where this one has none, as vectors beside 8-bit matrices
+        if any(entry[0] == layout[0][0] for entries in layouts for entry in entries):
             raise UserError(
                 f"{self.folder}: its optimizer's state cannot be divided anew; resume it with as many ranks as "
                 "wrote it (the number of its files), and the same ZeRO stage"
