@@ -2,6 +2,8 @@
 
 import weakref
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,10 +14,11 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
     unset_fake_temporarily,
 )
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry
+
+from medvlm.models import attention
 
 aten: Any = torch.ops.aten
 COPIES = (aten._to_copy.default, aten.copy_.default)
@@ -158,14 +161,26 @@ def _positions(indices: Any) -> list[Any]:
     return out
 
 
-class FusedAttention(TorchFunctionMode):
-    """On the meta device PyTorch would take its plain attention, with a [T, T] matrix; a GPU takes a fused one."""
+@contextmanager
+def fused_attention() -> Iterator[None]:
+    """On the meta device PyTorch would take its plain attention, with a [T, T] matrix; a GPU takes a fused one.
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is not torch.nn.functional.scaled_dot_product_attention or args[0].device.type != "meta":
-            return func(*args, **kwargs)
-        return _fused_attention(*args, **kwargs)
+    A patch and not a ``TorchFunctionMode``, which is off while it handles ``backward``: recomputed layers would then
+    take another attention than they took in the forward pass.
+    """
+    plain = torch.nn.functional.scaled_dot_product_attention
+
+    def chosen(query: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return (_fused_attention if query.device.type == "meta" else plain)(query, *args, **kwargs)
+
+    places: tuple[Any, ...] = (torch.nn.functional, attention)
+    for place in places:
+        place.scaled_dot_product_attention = chosen
+    try:
+        yield
+    finally:
+        for place in places:
+            place.scaled_dot_product_attention = plain
 
 
 def _fused_attention(

@@ -20,7 +20,7 @@ from medvlm.config.schema import Model, RunConfig
 from medvlm.models.build import Components, build_model
 from medvlm.models.trainable import PartSummary
 from medvlm.planning.batch import BatchShape, make_batch
-from medvlm.planning.fake import ACTIVATIONS, OTHER, Collectives, Count, FusedAttention, fake_tensors
+from medvlm.planning.fake import ACTIVATIONS, OTHER, Collectives, Count, fake_tensors, fused_attention
 
 GRADIENTS, OPTIMIZER, PARAMETERS, BUCKETS = "gradients", "optimizer", "parameters", "communication buckets"
 DEFAULT_BUCKET = 500_000_000  # DeepSpeed's reduce_bucket_size, in elements
@@ -98,7 +98,7 @@ def rehearse_here(job: Job) -> Rehearsal:
     device = torch.device("meta" if job.target == "cuda" else "cpu")
     _pretend(job.world, device)
     config, count = job.config, Count()
-    with fake_tensors(), FusedAttention(), count:
+    with fake_tensors(), fused_attention(), count:
         stage = job.ds_config["zero_optimization"]["stage"]
         with torch.device("cpu") if stage == 3 else device:  # ZeRO-3 moves what it shards
             model = build_model(_without_weights(config.model), job.parts, precision(config), job.ds_config)
@@ -174,9 +174,13 @@ def _apply(module: nn.Module, function: Any, recurse: bool = True) -> nn.Module:
     """`nn.Module._apply`, which wants to swap tensors in place and cannot where they are fake."""
     for child in module.children() if recurse else ():
         _apply(child, function)
-    for p in module._parameters.values():
-        if p is not None and (moved := function(p)) is not p:
+    for key, p in list(module._parameters.items()):
+        if p is None or (moved := function(p)) is p:
+            continue
+        if moved.device.type == p.device.type:
             p.data = moved.data
+        else:
+            module._parameters[key] = nn.Parameter(moved.detach(), p.requires_grad)
     for key, buffer in module._buffers.items():
         if buffer is not None:
             module._buffers[key] = function(buffer)
