@@ -117,7 +117,29 @@ class Pieces:
         return {}
 
 
-class Weights(Mapping[str, Tensor]):
+class ByPart(Mapping[str, Tensor]):
+    """Weights in fp32 that are read when asked for. ``shapes`` names all, ``absent`` those that are not stored."""
+
+    shapes: dict[str, torch.Size]
+    absent: set[str]
+
+    def part(self, name: str, start: int, stop: int) -> Tensor:
+        """Elements ``start`` to ``stop`` of a flat weight, in the type they are stored in."""
+        raise NotImplementedError
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self.shapes:
+            raise KeyError(name)
+        return self.part(name, 0, self.shapes[name].numel()).float().view(self.shapes[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return (name for name in self.shapes if name not in self.absent)
+
+    def __len__(self) -> int:
+        return len(self.shapes) - len(self.absent)
+
+
+class Weights(ByPart):
     """Name -> whole fp32 weight of a checkpoint, read when asked for. ``absent`` are those that a pretrained folder
     gives: they stayed frozen, and are not stored. ``kind``: an optimizer state to read instead of trained weights."""
 
@@ -145,17 +167,6 @@ class Weights(Mapping[str, Tensor]):
     def added(self, name: str, start: int, stop: int) -> Tensor | None:
         """What is to be added to such elements of a weight that is absent: nothing, see `StockWeights`."""
         return None
-
-    def __getitem__(self, name: str) -> Tensor:
-        if name not in self.shapes:
-            raise KeyError(name)
-        return self.part(name, 0, self.shapes[name].numel()).float().view(self.shapes[name])
-
-    def __iter__(self) -> Iterator[str]:
-        return (name for name in self.shapes if name not in self.absent)
-
-    def __len__(self) -> int:
-        return len(self.shapes) - len(self.absent)
 
 
 def consolidate(path: Path, *, ema: bool = False) -> Weights:

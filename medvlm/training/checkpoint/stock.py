@@ -1,12 +1,10 @@
 """A checkpoint's weights under the names of the model without adapters."""
 
-from collections.abc import Iterator, Mapping
-
 from torch import Tensor, nn
 
 from medvlm.config.schema import Model
 from medvlm.models.lora import is_adapter, lora_of, scale
-from medvlm.training.checkpoint.pieces import Weights
+from medvlm.training.checkpoint.pieces import ByPart, Weights
 
 
 def stock_name(name: str) -> str:
@@ -14,7 +12,7 @@ def stock_name(name: str) -> str:
     return name.replace(".base_layer.", ".")
 
 
-class StockWeights(Mapping[str, Tensor]):
+class StockWeights(ByPart):
     """Adapters are merged (W + factor B A, in fp32), or left out. Everything is read when it is asked for.
 
     ``built``: a model with the checkpoint's weights, which gives those that a pretrained folder has; without it they
@@ -51,14 +49,3 @@ class StockWeights(Mapping[str, Tensor]):
         values = self.built[name].reshape(-1)[start:stop] if built else self.weights.part(self.names[name], start, stop)
         more = self.added(name, start, stop)
         return values if more is None else values.float() + more
-
-    def __getitem__(self, name: str) -> Tensor:
-        if name not in self.shapes:
-            raise KeyError(name)
-        return self.part(name, 0, self.shapes[name].numel()).float().view(self.shapes[name])
-
-    def __iter__(self) -> Iterator[str]:
-        return (name for name in self.shapes if name not in self.absent)
-
-    def __len__(self) -> int:
-        return len(self.shapes) - len(self.absent)
