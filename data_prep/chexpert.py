@@ -1,4 +1,7 @@
-"""CheXpert-v1.0 and -v1.0-small (Irvin et al. 2019): labels, no reports; so the conversation asks for the labels."""
+"""CheXpert-v1.0 and -v1.0-small (Irvin et al. 2019): labels, no reports; so the conversation asks for the labels.
+
+Contrastive training on images and labels needs no conversation, and keeps studies whose labels are all uncertain.
+"""
 
 import re
 from collections import Counter
@@ -63,10 +66,13 @@ def items(
     views: Annotated[
         Literal["all", "frontal", "lateral"], typer.Option(help="Which images of a study to take.")
     ] = "all",
+    questions: Annotated[
+        bool, typer.Option(help="Ask for the certain labels, or keep images and labels alone.")
+    ] = True,
     test_labels: Annotated[Path | None, typer.Option(help="The test set's table, where it is elsewhere.")] = None,
     test_share: Annotated[int, typer.Option(help="Per cent of the patients of train that become the test split.")] = 0,
 ) -> Iterator[Item | Dropped]:
-    """One sample per study: its images, its labels, and a closed question per label that is certain.
+    """One sample per study: its images, its labels, and with ``questions`` a closed one per label that is certain.
 
     ``valid.csv`` is the validation split; the test set is taken where it lies beside it. Uncertain labels are not
     asked, whatever ``uncertain`` makes of them in ``labels``.
@@ -86,19 +92,22 @@ def items(
             if isinstance(study, Dropped):
                 yield study
             else:
-                yield _item(study, uncertain, views)
+                yield _item(study, uncertain, views, questions)
 
 
-def _item(study: Study, uncertain: Uncertain, views: str) -> Item | Dropped:
+def _item(study: Study, uncertain: Uncertain, views: str, ask: bool) -> Item | Dropped:
     if study.trouble:
         return Dropped(*study.trouble, study.split)
     images = [i for i in study.images if views == "all" or (i.view == "LATERAL") == (views == "lateral")]
     if not images:
         return Dropped(study.folder, "no image of the chosen views", study.split)
-    messages = questions(study.labels, len(images))
-    if not messages:
-        return Dropped(study.folder, "no certain label", study.split)
+    messages = questions_of(study.labels, len(images)) if ask else []
     value = {"keep": -1, "zeros": 0, "ones": 1, "ignore": None}[uncertain]
+    labels = {name: value if v == -1 else v for name, v in study.labels.items()}
+    if ask and not messages:
+        return Dropped(study.folder, "no certain label", study.split)
+    if all(v is None for v in labels.values()):
+        return Dropped(study.folder, "no label", study.split)
     return Item(
         {
             "key": f"{study.patient}-{study.folder.rsplit('/', 1)[-1]}",
@@ -106,14 +115,14 @@ def _item(study: Study, uncertain: Uncertain, views: str) -> Item | Dropped:
             "patient_id": study.patient,
             "study_id": f"{study.patient}-{study.folder.rsplit('/', 1)[-1]}",
             "messages": messages,
-            "labels": {name: value if v == -1 else v for name, v in study.labels.items()},
+            "labels": labels,
             "metadata": study.metadata,
         },
         images,
     )
 
 
-def questions(labels: dict[str, int | None], n_images: int) -> list[dict[str, Any]]:
+def questions_of(labels: dict[str, int | None], n_images: int) -> list[dict[str, Any]]:
     """Yes/no questions for the labels that are certain; "any abnormal finding" wherever the others decide it."""
     abnormal = any(v == 1 for name, v in labels.items() if name not in (NORMAL, DEVICES))
     asked = {name: v for name, v in labels.items() if name != NORMAL and v in (0, 1)}

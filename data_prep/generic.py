@@ -53,6 +53,7 @@ class Layout:
     prefix: str
     separator: str
     key: bytes
+    unpaired: bool = False
 
     def pseudonym(self, kind: str, value: str) -> str:
         """16 hexadecimal digits of the keyed hash (HMAC-SHA256); the same id gives the same digits in every run."""
@@ -105,8 +106,14 @@ def items(
     ] = "labels_",
     encoding: Annotated[str, typer.Option(help="Of the table: utf-8, cp1252, utf-16, ...")] = "utf-8",
     min_slices: Annotated[int, typer.Option(help="DICOM series with fewer slices (scouts) are left out.")] = 8,
+    unpaired: Annotated[
+        bool, typer.Option("--unpaired", help="Keep images with labels and no text, and text without images.")
+    ] = False,
 ) -> Iterator[Item | Dropped]:
-    """One sample per row, in the table's order; then one per conversation: the rows that ask about the same images."""
+    """One sample per row, in the table's order; then one per conversation: the rows that ask about the same images.
+
+    A row needs text and images; with ``unpaired`` (for contrastive training) text, or images with a label, will do.
+    """
     if not source.is_dir():
         raise UserError(
             f"{source}: is not a folder; give the folder of the images as SOURCE and the table with --table"
@@ -115,7 +122,7 @@ def items(
     given = {"image": image_column, "text": text_column, "findings": findings_column, "impression": impression_column}
     given |= {"indication": indication_column, "question": question_column, "answer": answer_column}
     given |= {"patient": patient_column, "study": study_column, "split": split_column}
-    layout = _layout(path, given, labels_prefix, separator, _key(key_file, make_key), encoding)
+    layout = _layout(path, given, labels_prefix, separator, _key(key_file, make_key), encoding, unpaired)
     rows = read_table(path, encoding=encoding)
     if dicom == "none":
         yield from _from_rows(rows, layout)
@@ -156,10 +163,8 @@ def _from_rows(rows: Iterator[dict[str, Any]], layout: Layout) -> Iterator[Item 
             messages.append(ask(question, images=0 if messages else len(names)))
             turn = {"role": "assistant", "content": [{"type": "text", "text": answer}]}
             messages.append({**turn, "answer_type": yes_no(answer)})
-        elif not (report := _report(row, layout)):
-            yield Dropped(what, "no text", split)
-        elif not names:
-            yield Dropped(what, "no image", split)
+        elif why := _lacks(report := _report(row, layout), bool(names), labels, layout.unpaired):
+            yield Dropped(what, why, split)
         elif study and study in seen:
             yield Dropped(what, "duplicate id", split)
         else:
@@ -196,9 +201,9 @@ def _from_studies(
         study = found[0]
         split = _split(row, layout, study.patient)
         report = _report(row, layout)
-        why = "unknown split" if split is None else "no text" if not report else ""
         try:
             labels = layout.read_labels(row)
+            why = "unknown split" if split is None else _lacks(report, True, labels, layout.unpaired)
         except ValueError as error:
             what, labels, why = f"{what} ({error})", {}, "label out of range"
         if why or split is None:
@@ -211,8 +216,16 @@ def _from_studies(
             yield Dropped(study.place, "study without a row in the table")
 
 
+def _lacks(report: dict[str, str], has_images: bool, labels: dict[str, int | None], unpaired: bool) -> str:
+    """What a row without question lacks; "" where it can be a sample. ``unpaired``: text or images with labels do."""
+    if not report:
+        labelled = unpaired and any(value is not None for value in labels.values())
+        return "" if labelled and has_images else "no text and no label" if unpaired and has_images else "no text"
+    return "" if has_images or unpaired else "no image"
+
+
 def _with_report(fields: dict[str, Any], sources: list[Source], report: dict[str, str], indication: str | None) -> Item:
-    context = {"indication": indication} if indication else {}
+    context = {"indication": indication} if indication and report else {}  # alone it would pass for a report
     messages = report_messages(report, len(sources), indication)
     return Item({**fields, "messages": messages, "report": report | context}, sources)
 
@@ -277,17 +290,26 @@ def _key(path: Path | None, make_key: bool) -> bytes:
     return key
 
 
-def _layout(path: Path, given: dict[str, str | None], prefix: str, separator: str, key: bytes, encoding: str) -> Layout:
+def _layout(
+    path: Path,
+    given: dict[str, str | None],
+    prefix: str,
+    separator: str,
+    key: bytes,
+    encoding: str,
+    unpaired: bool,
+) -> Layout:
     names = column_names(path, encoding)
     wrong = [name for name in given.values() if name is not None and name not in names]
     if wrong:
         raise UserError(f"{path}: has no column {', '.join(wrong)}; it has {', '.join(names)[:300]}")
     columns = {what: name or DEFAULTS[what] for what, name in given.items() if (name or DEFAULTS[what]) in names}
     texts = [what for what in ("text", *CORE, "question") if what in columns]
-    if not texts or ("question" in columns) != ("answer" in columns):
+    labels = [name for name in names if prefix and name.startswith(prefix)]
+    if not (texts or (unpaired and labels)) or ("question" in columns) != ("answer" in columns):
         need = "report, findings, impression, or both question and answer"
         raise UserError(f"{path}: has no text column ({need}); name yours with --text-column and the like")
-    return Layout(columns, [name for name in names if prefix and name.startswith(prefix)], prefix, separator, key)
+    return Layout(columns, labels, prefix, separator, key, unpaired)
 
 
 CONVERTER = Converter(

@@ -143,7 +143,7 @@ def _samples(
             counts["turns_dropped"] += dropped
             counts["samples"] += 1
             counts["images"] += len(sample.images)
-            counts["texts"] += sum(m.role == "assistant" for m in sample.messages) or 1
+            counts["texts"] += sum(m.role == "assistant" for m in sample.messages) or sample.has_report
             yield sample, members
     finally:
         os.close(at)

@@ -360,6 +360,24 @@ def test_rows_that_cannot_be_used_are_dropped_with_their_reason(tmp_path, key):
     ]
 
 
+def test_unpaired_rows_are_kept_when_asked_for(tmp_path, key):
+    base = {"image": "1.png", "report": "Clear.", "patient_id": "1", "indication": "Cough.", "labels_Edema": "1"}
+    changes = [{"report": "___."}, {"image": ""}, {"report": "", "labels_Edema": ""}, {"report": "", "image": ""}]
+    write_csv(tmp_path / "t.csv", [{**base, **change} for change in changes])
+    found = list(generic.items(tmp_path, key_file=key, unpaired=True))
+    image, text = kept(found)
+    assert (image.fields["labels"], image.fields["report"], image.fields["messages"]) == ({"Edema": 1}, {}, [])
+    assert (text.fields["report"], text.images) == ({"report": "Clear.", "indication": "Cough."}, [])
+    stored = [{"file": "0.png", "width": 9, "height": 9}]
+    Sample(**image.fields, source="generic", license="x", images=stored)
+    Sample(**text.fields, source="generic", license="x")
+    assert dropped(found) == [("row 3", "no text and no label"), ("row 4", "no text")]
+    write_csv(tmp_path / "t.csv", [{"image": "1.png", "labels_Edema": "-1"}])
+    assert len(kept(list(generic.items(tmp_path, key_file=key, unpaired=True)))) == 1
+    with pytest.raises(UserError, match="has no text column"):
+        list(generic.items(tmp_path, key_file=key))
+
+
 def test_the_split_of_a_patient_is_the_same_for_all_rows_and_near_the_shares(tmp_path, key):
     rows = [{"image": f"{n}.png", "report": "Clear.", "patient_id": n % 400} for n in range(800)]
     write_csv(tmp_path / "t.csv", rows)

@@ -66,6 +66,9 @@ def test_chexpert(tmp_path):
     _, samples = prepare(chexpert.CONVERTER, tmp_path, tmp_path / "out")
     assert {name: len(found) for name, found in samples.items()} == {"train": 1, "validation": 1}
     assert samples["train"][0].labels["Edema"] == 1 and samples["train"][0].images[0].view == "AP"
+    report, samples = prepare(chexpert.CONVERTER, tmp_path, tmp_path / "unpaired", questions=False)
+    assert [(s.labels["Fracture"], s.messages, s.report) for s in samples["train"]] == [(0, [], {})]
+    assert (report["splits"]["train"]["images"], report["splits"]["train"]["texts"]) == (1, 0)
 
 
 def test_iu_xray_with_and_without_images(tmp_path):

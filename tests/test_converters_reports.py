@@ -257,6 +257,19 @@ def test_the_uncertain_policy_changes_labels_and_never_questions(make_chexpert, 
     assert asked(item) == ["Is there a fracture?"]
 
 
+def test_images_and_labels_alone_keep_studies_whose_labels_are_uncertain(make_chexpert):
+    values = [{"Edema": "1.0"}, {"Pneumonia": "-1.0"}, {}]
+    rows = [chexpert_row(f"train/patient0000{n}/study1/view1_frontal.jpg", **v) for n, v in enumerate(values)]
+    found = list(chexpert.items(make_chexpert(rows), questions=False))
+    first, second = kept(found)[:2]
+    assert first.fields["messages"] == [] and first.fields["labels"]["Edema"] == 1
+    assert second.fields["labels"]["Pneumonia"] == -1
+    assert dropped(found) == [("train/patient00002/study1", "no label")]
+    Sample(**second.fields, source="chexpert", license="x", images=[{"file": "0.jpg", "width": 9, "height": 9}])
+    ignored = list(chexpert.items(make_chexpert(rows), questions=False, uncertain="ignore"))
+    assert [what for what, _ in dropped(ignored)] == ["train/patient00001/study1", "train/patient00002/study1"]
+
+
 def test_views_of_a_study_are_one_sample_even_where_rows_are_apart(make_chexpert):
     study = "train/patient00002/study3"
     lateral = {"Frontal/Lateral": "Lateral", "AP/PA": "", "No_Finding": "1.0"}

@@ -140,7 +140,10 @@ def test_unusable_samples_keep_their_place_and_are_named(dataset):
     [
         ({"images": []}, "refers to 1 image"),
         ({"messages": [{"role": "assistant", "content": "  "}]}, "non-empty text"),
-        ({"messages": []}, "neither a conversation nor a report"),
+        ({"messages": []}, "nothing to learn from: neither a conversation, nor a report, nor images with a label"),
+        ({"messages": [], "report": {"findings": " "}}, "nothing to learn from"),
+        ({"messages": [], "labels": {"Edema": None}}, "nothing to learn from"),
+        ({"messages": [], "images": [], "labels": {"Edema": 1}}, "nothing to learn from"),
         ({"lables": {}}, "lables"),
         ({"split": "dev"}, "split"),
         ({"boxes": [{"label": "x", "xyxy": [0, 0, 1, 1], "image": 4}]}, "refers to image 4"),

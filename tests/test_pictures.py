@@ -159,6 +159,14 @@ def test_a_quarantined_sample_shows_its_reason_and_what_is_stored(reader, tokeni
     assert "quarantined: holds a volume" in volume.words and "6x5x4" in volume.words
 
 
+def test_images_with_labels_alone_are_shown_and_quarantined(tokenizer, tmp_path):
+    grey = png(lit(400, 300, (50, 100, 150, 200)))
+    write_shards([(sample("image", messages=[], labels={"Edema": 1}), {"0.png": grey})], tmp_path, "demo")
+    card = look(ShardReader(tmp_path), 0, make_encoder(tokenizer), 0)
+    assert card.reason == "no assistant turn to learn from"
+    assert (card.labels, card.turns, len(card.pictures)) == ({"Edema": 1}, [], 1)
+
+
 def test_a_damaged_shard_gives_a_card_with_the_reason(reader, tokenizer):
     row = reader.row(0)
     with reader.tars[0].open("r+b") as file:

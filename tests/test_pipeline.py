@@ -354,7 +354,7 @@ def test_a_decoder_bug_is_quarantined_with_its_reason(tmp_path, monkeypatch):
     [
         ({"key": "a b", "split": "train"}, "key may hold only"),
         ({"key": "ok", "split": "dev"}, "split is none of"),
-        ({"key": "ok", "split": "train", "messages": [], "report": {}}, "the sample has neither"),
+        ({"key": "ok", "split": "train", "messages": [], "report": {}}, "nothing to learn from"),
         ({"key": "ok", "split": "train", "labels": {"Edema": 3}}, "labels.Edema"),
     ],
 )

@@ -12,6 +12,7 @@ import webdataset
 from PIL import Image as PILImage
 
 from medvlm.data import statistics
+from medvlm.data.audit import audit
 from medvlm.data.inspect import find, print_stats, print_verify, show, stats, verify
 from medvlm.data.schema import Sample
 from medvlm.data.shards import ShardReader, index_path, index_shards, write_index, write_shards
@@ -232,6 +233,18 @@ def test_stats_count_per_source_and_split(tmp_path, capsys):
     assert json.loads(capsys.readouterr().out) == rows
     print_stats(rows)
     assert "Pneumonia" in capsys.readouterr().out
+
+
+def test_images_with_labels_alone_are_verified_counted_and_shown(tmp_path, capsys):
+    tar = write_shards([item("a", messages=[]), item("b")], tmp_path / "train", "demo")[0]
+    assert reasons(tar) == ""
+    (row,) = stats(tar)
+    assert (row["images_only"], row["text_only"], row["reports"], row["questions"]) == (1, 0, 0, 1)
+    assert (row["labels"]["Edema"]["uncertain"], row["characters"]["min"]) == (2, 0)
+    show(tar, "a")
+    assert "label Edema: uncertain" in capsys.readouterr().out
+    report = audit(tar, workers=1)
+    assert report["problems"] == [] and report["labels"]["Pneumonia"]["train"]["positive"] == 2
 
 
 def test_stats_read_the_json_of_some_samples_and_say_so(tmp_path, capsys, monkeypatch):

@@ -110,9 +110,10 @@ class Box(_Strict):
 
 
 class Sample(_Strict):
-    """A study, an image with questions, or a text-only conversation.
+    """A study, an image with questions, images with labels and no text, or text (conversation, report) without images.
 
-    ``labels`` follow CheXpert: 1 positive, 0 negative, -1 uncertain, None not mentioned.
+    ``labels`` follow CheXpert: 1 positive, 0 negative, -1 uncertain, None not mentioned. Samples of images and labels
+    alone, and of text alone, are what contrastive training on unpaired data takes.
     """
 
     key: str = Field(pattern=r"^[A-Za-z0-9_\-]+$")
@@ -136,9 +137,14 @@ class Sample(_Strict):
             raise ValueError(f"the conversation refers to {wanted} image(s) but the sample has {len(self.images)}")
         if any(box.image >= len(self.images) for box in self.boxes):
             raise ValueError(f"a box refers to image {max(b.image for b in self.boxes)} of {len(self.images)}")
-        if not self.messages and not self.report:
-            raise ValueError("the sample has neither a conversation nor a report")
+        labelled = bool(self.images) and any(value is not None for value in self.labels.values())
+        if not (self.messages or self.has_report or labelled):
+            raise ValueError("nothing to learn from: neither a conversation, nor a report, nor images with a label")
         return self
+
+    @property
+    def has_report(self) -> bool:
+        return any(text.strip() for text in self.report.values())
 
     @property
     def group(self) -> str:

@@ -31,7 +31,15 @@ AT_LEAST = 1000  # of each source and split, so that small ones are seen
 QUANTILES = {"min": 0.0, "median": 0.5, "p95": 0.95, "max": 1.0}
 LABEL_VALUES = {1: "positive", 0: "negative", -1: "uncertain"}
 COUNTED = ("samples", "images", "volumes", "questions", "groups")  # columns of a row that the index knows
-PARSED = ("synthetic", "closed", "open", "reports", "patients")  # and those that need the JSON
+PARSED = (
+    "synthetic",
+    "closed",
+    "open",
+    "reports",
+    "images_only",
+    "text_only",
+    "patients",
+)  # and those that need the JSON
 
 
 @dataclass
@@ -144,7 +152,9 @@ def _count(sample: Sample, row: dict[str, Any]) -> None:
     row["synthetic"] += sample.synthetic
     row["closed"] += sum(m.answer_type == "closed" for m in answers)
     row["open"] += sum(m.answer_type == "open" for m in answers)
-    row["reports"] += bool(sample.report)
+    row["reports"] += sample.has_report
+    row["images_only"] += not (sample.messages or sample.has_report)
+    row["text_only"] += not sample.images
     for label, value in sample.labels.items():
         if value is not None:
             counts = row["labels"].setdefault(label, dict.fromkeys(LABEL_VALUES.values(), 0))
