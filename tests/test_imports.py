@@ -14,18 +14,19 @@ ALLOWED = {
     "medvlm": set(),
     "medvlm.errors": set(),
     "medvlm.objectives": set(),
+    "medvlm.measures": {"medvlm.errors"},
     "medvlm.data.order": set(),
     "medvlm.data.packing": set(),
     "medvlm.recipes": set(),
     "medvlm.config": {"medvlm.errors"},
     "medvlm.data": {"medvlm.errors"},
     "medvlm.models": {"medvlm.errors", "medvlm.config", "medvlm.data", "medvlm.objectives"},
-    "medvlm.training": {"medvlm.errors", "medvlm.config", "medvlm.data", "medvlm.models"},
+    "medvlm.training": {"medvlm.errors", "medvlm.config", "medvlm.data", "medvlm.models", "medvlm.measures"},
     "medvlm.inference": {
         *("medvlm.errors", "medvlm.data.dicom", "medvlm.data.pixels", "medvlm.data.nifti", "medvlm.data.series"),
         "medvlm.data.volume_slices",
     },
-    "medvlm.evaluation": {"medvlm.errors", "medvlm.data", "medvlm.inference"},
+    "medvlm.evaluation": {"medvlm.errors", "medvlm.data", "medvlm.inference", "medvlm.measures"},
     "medvlm.export.verify": set(),  # runs in a fresh process, through unmodified transformers
     "medvlm.export": {"medvlm.errors", "medvlm.config", "medvlm.data", "medvlm.models", "medvlm.training.checkpoint"},
     # rehearses the very code of a training; training asks it through a process of its own
