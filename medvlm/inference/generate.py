@@ -30,7 +30,7 @@ class Generator:
 
     def __init__(self, folder: str | Path, device: str | None = None, dtype: torch.dtype | None = None):
         self.name = str(folder)
-        _check_folder(self.name)
+        check_folder(self.name)
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.dtype = dtype or (torch.bfloat16 if self.device.type == "cuda" else torch.float32)
         try:
@@ -129,7 +129,8 @@ def _batches(prompts: list[str], n_images: list[int], batch_size: int) -> Iterat
         start = end
 
 
-def _check_folder(name: str) -> None:
+def check_folder(name: str) -> None:
+    """Raises UserError for a name that is neither a model folder nor a hub name."""
     path = Path(name)
     if not path.is_dir():
         if path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):

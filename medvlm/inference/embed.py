@@ -1,0 +1,184 @@
+"""Embeddings of images and texts in the joint space of any Hugging Face dual encoder (CLIP, SigLIP, ...)."""
+
+import inspect
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from rich.console import Console
+from rich.progress import Progress
+from torch import Tensor
+from torch.nn.functional import normalize
+from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, PretrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from medvlm.errors import UserError
+from medvlm.inference.generate import check_folder
+
+NO_LENGTH = 1 << 20  # a tokenizer that knows no length says 1e30
+FAILURES = (OSError, ValueError, KeyError, ImportError, AttributeError)
+
+
+class Embedder:
+    """A dual encoder with its tokenizer and image processor; on a GPU if there is one, in float32 unless told.
+
+    ``folder`` is a local folder or a hub name of anything that ``AutoModel`` loads and that has ``get_image_features``
+    and ``get_text_features``. Code that comes with a folder (``auto_map``) runs only with ``trust_remote_code``.
+    Raises UserError if the folder is incomplete, is no such model, or lacks a weight.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        device: str | None = None,
+        dtype: torch.dtype = torch.float32,
+        *,
+        trust_remote_code: bool = False,
+    ):
+        self.name = str(folder)
+        check_folder(self.name)
+        self.device, self.dtype = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")), dtype
+        self.truncated: dict[str, int] = {}  # text -> its tokens, of those that did not fit
+        model = self._load(trust_remote_code)
+        for method in ("get_image_features", "get_text_features"):
+            if not callable(getattr(model, method, None)):
+                kind = type(model).__name__
+                raise UserError(f"{self.name}: {kind} is no dual encoder of images and texts (it has no {method})")
+        self.model: Any = model.to(self.device).eval()
+        scale = getattr(self.model, "logit_scale", None)
+        self.logit_scale: float | None = None if scale is None else float(torch.as_tensor(scale).detach().exp())
+        self.max_length = self._max_length()
+        # SigLIP has learnt from texts that are padded to the full length, and reads their last position
+        fixed = str(getattr(self.model.config, "model_type", "")).startswith("siglip")
+        self.padding: str | bool = "max_length" if fixed else True
+        named = inspect.signature(self.model.get_text_features).parameters
+        self.text_inputs = {"input_ids", "attention_mask", *named}
+
+    def _load(self, trust: bool) -> Any:
+        try:
+            values, _ = PretrainedConfig.get_config_dict(self.name)
+            own = "AutoModel" in values.get("auto_map", {}) and values.get("model_type") not in CONFIG_MAPPING
+            if own and not trust:
+                raise UserError(f"{self.name}: runs code of its own; if you trust it, add --trust-remote-code")
+            options = {"trust_remote_code": trust}
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(self.name, **options)
+            self.image_processor: Any = AutoImageProcessor.from_pretrained(self.name, **options)
+            loaded: Any = AutoModel.from_pretrained(self.name, dtype=self.dtype, output_loading_info=True, **options)
+        except FAILURES as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise UserError(f"{self.name}: does not load as a dual encoder ({reason})") from error
+        model, info = loaded
+        absent = sorted(info["missing_keys"]) + sorted(str(m) for m in info["mismatched_keys"])
+        if absent:  # transformers would go on with random values
+            raise UserError(f"{self.name}: {len(absent)} weight(s) are missing or misshapen, first {absent[0]}")
+        if self.tokenizer.pad_token is None:
+            raise UserError(f"{self.name}: its tokenizer has no padding token; set pad_token in tokenizer_config.json")
+        return model
+
+    def _max_length(self) -> int:
+        """Tokens that fit both the tokenizer's limit and the text tower's positions."""
+        text = getattr(self.model.config, "text_config", self.model.config)
+        positions = getattr(text, "max_position_embeddings", None)
+        if positions is not None and "roberta" in str(getattr(text, "model_type", "")):
+            positions -= text.pad_token_id + 1  # its positions begin after that of the padding
+        known = [n for n in (self.tokenizer.model_max_length, positions) if n is not None and n < NO_LENGTH]
+        if not known:
+            raise UserError(f"{self.name}: no limit of a text is known; set model_max_length in tokenizer_config.json")
+        return min(known)
+
+    def images(self, images: Sequence[Image.Image], batch_size: int = 32, *, normalized: bool = True) -> Tensor:
+        """Pictures (perhaps a lazy sequence) -> [N, D] float32 on the CPU, of length 1 unless not ``normalized``."""
+
+        def embed(batch: list[Image.Image]) -> Tensor:
+            return _features(self.model.get_image_features(**self.pixels(batch)))
+
+        return self._all(images, embed, batch_size, normalized, "images")
+
+    def texts(self, texts: Sequence[str], batch_size: int = 64, *, normalized: bool = True) -> Tensor:
+        """Texts -> [N, D] float32 on the CPU. What exceeds ``max_length`` tokens is cut off and noted in ``truncated``.
+
+        Raises UserError for an empty text.
+        """
+        empty = [i for i, text in enumerate(texts) if not text.strip()]
+        if empty:
+            raise UserError(f"text {empty[0]} is empty")
+
+        def embed(batch: list[str]) -> Tensor:
+            lengths = [len(ids) for ids in self.tokenizer(batch, verbose=False)["input_ids"]]
+            self.truncated |= {t: n for t, n in zip(batch, lengths, strict=True) if n > self.max_length}
+            inputs = self.tokenizer(
+                batch, padding=self.padding, truncation=True, max_length=self.max_length, return_tensors="pt"
+            )
+            taken = {name: value.to(self.device) for name, value in inputs.items() if name in self.text_inputs}
+            return _features(self.model.get_text_features(**taken))
+
+        return self._all(texts, embed, batch_size, normalized, "texts")
+
+    def patches(self, images: Sequence[Image.Image], batch_size: int = 32, *, normalized: bool = True) -> Tensor:
+        """Pictures -> [N, h, w, D]: the patches of each in the joint space, as far as the model's head is linear.
+
+        A model with ``get_image_patch_features(pixel_values) -> [N, h, w, D]`` is asked. For CLIP and for
+        VisionTextDualEncoder the tokens of the last layer go through the head of the class token (for CLIP after
+        ``post_layernorm``), as in MaskCLIP (arXiv 2112.01071) without its change of the attention.
+        Raises UserError for other models, such as SigLIP, whose head attends to all patches at once.
+        """
+        return self._all(images, self._patches, batch_size, normalized, "patches")
+
+    def pixels(self, images: list[Image.Image]) -> dict[str, Tensor]:
+        """What the folder's image processor makes of pictures: ``pixel_values`` [N, C, H, W] and what it adds."""
+        inputs = self.image_processor(images=[image.convert("RGB") for image in images], return_tensors="pt")
+        return {
+            name: value.to(self.device, self.dtype) if value.is_floating_point() else value.to(self.device)
+            for name, value in inputs.items()
+        }
+
+    def _patches(self, images: list[Image.Image]) -> Tensor:
+        values = self.pixels(images)["pixel_values"]
+        own = getattr(self.model, "get_image_patch_features", None)
+        if own is not None:
+            return own(values)
+        kind = type(self.model).__name__
+        head = getattr(self.model, "visual_projection", None)
+        if kind not in ("CLIPModel", "VisionTextDualEncoderModel") or head is None:
+            raise UserError(
+                f"{self.name}: the patches of {kind} are not in the joint space; a model may offer them by a method "
+                "get_image_patch_features"
+            )
+        tower = self.model.vision_model
+        hidden = tower(pixel_values=values, return_dict=True).last_hidden_state
+        if hidden.dim() == 4:  # [N, C, h, w] of a convolutional tower
+            return head(hidden.permute(0, 2, 3, 1))
+        side = tower.config.patch_size
+        height, width = values.shape[-2] // side, values.shape[-1] // side
+        tokens = hidden[:, hidden.shape[1] - height * width :]  # class and register tokens come first
+        inner = getattr(tower, "vision_model", tower)  # CLIPVisionModel holds it, or is it
+        norm = getattr(inner, "post_layernorm", None)
+        if norm is not None and tower.config.model_type.startswith("clip"):  # else the tower has applied its own
+            tokens = norm(tokens)
+        return head(tokens).unflatten(1, (height, width))
+
+    @torch.inference_mode()
+    def _all(
+        self, items: Sequence, embed: Callable[[list], Tensor], batch_size: int, normalized: bool, title: str
+    ) -> Tensor:
+        if not len(items):
+            raise UserError(f"there are no {title} to embed")
+        found = []
+        with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True) as progress:
+            bar = progress.add_task(title, total=len(items))
+            for start in range(0, len(items), batch_size):
+                batch = [items[i] for i in range(start, min(start + batch_size, len(items)))]
+                rows = embed(batch).float().cpu()
+                if not bool(torch.isfinite(rows).all()):
+                    raise UserError(f"{self.name}: embeds {title} as NaN or infinity; the model is not usable")
+                found.append(normalize(rows, dim=-1) if normalized else rows)
+                progress.advance(bar, len(batch))
+        return torch.cat(found)
+
+
+def _features(output: Any) -> Tensor:
+    """[N, D], which transformers 5 returns as the pooled output of the tower."""
+    return output if isinstance(output, Tensor) else output.pooler_output

@@ -1,0 +1,151 @@
+"""The embedder gives what transformers' own classes give, of any dual encoder, and says what it cut off."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from dual import KINDS, make_dual
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
+
+from medvlm.errors import UserError
+from medvlm.inference.embed import Embedder
+
+TEXTS = ["no effusion", "the heart is enlarged", "left lung normal on the right"]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("dual")
+    return {kind: make_dual(root / kind, kind) for kind in KINDS}
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    random = np.random.default_rng(0)
+    return [Image.fromarray(random.integers(0, 256, (50, 40 + i), dtype=np.uint8)) for i in range(5)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_embeddings_are_those_of_transformers_whatever_the_batch(folders, pictures, kind):
+    embedder = Embedder(folders[kind])
+    image, text = embedder.images(pictures, batch_size=2), embedder.texts(TEXTS, batch_size=2)
+    model = AutoModel.from_pretrained(folders[kind]).eval()
+    tokenizer, processor = (c.from_pretrained(folders[kind]) for c in (AutoTokenizer, AutoImageProcessor))
+    with torch.inference_mode():
+        for i, picture in enumerate(pictures):
+            pixels = processor(images=[picture.convert("RGB")], return_tensors="pt")
+            words = tokenizer(
+                [TEXTS[i % 3]],
+                return_tensors="pt",
+                **({"padding": "max_length", "max_length": 64} if kind == "siglip" else {}),
+            )
+            words.pop("token_type_ids", None)
+            out = model(**words, **pixels)  # the embeddings of the whole forward pass, normalised by the model
+            torch.testing.assert_close(image[i], out.image_embeds[0], atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(text[i % 3], out.text_embeds[0], atol=1e-5, rtol=1e-4)
+    assert embedder.logit_scale == pytest.approx(float(model.logit_scale.exp()))
+    assert image.norm(dim=1).tolist() == pytest.approx([1] * 5, abs=1e-5)
+    raw = embedder.images(pictures, normalized=False)
+    assert not np.allclose(raw.norm(dim=1), 1) and torch.allclose(torch.nn.functional.normalize(raw), image, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["clip", "vit-bert"])
+def test_patches_go_through_the_head_of_the_class_token(folders, pictures, kind):
+    embedder = Embedder(folders[kind])
+    patches = embedder.patches(pictures, normalized=False)
+    assert patches.shape == (5, 4, 4, 16)
+    model = embedder.model
+    with torch.inference_mode():
+        values = embedder.pixels(pictures)["pixel_values"]
+        tokens = model.vision_model(pixel_values=values).last_hidden_state
+        head = model.visual_projection
+        if kind == "clip":  # by the class token this head gives the image's own embedding
+            norm = model.vision_model.post_layernorm
+            assert torch.allclose(head(norm(tokens[:, 0])), embedder.images(pictures, normalized=False), atol=1e-5)
+            tokens = norm(tokens)
+        torch.testing.assert_close(patches, head(tokens[:, 1:]).reshape(5, 4, 4, 16))
+
+
+def test_patches_of_an_attention_pool_are_refused(folders, pictures):
+    with pytest.raises(UserError, match="SiglipModel are not in the joint space"):
+        Embedder(folders["siglip"]).patches(pictures)
+
+
+def test_long_texts_are_cut_and_counted(folders):
+    embedder = Embedder(folders["clip"])
+    long = "no effusion " * 100
+    embedder.texts([*TEXTS, long])
+    assert list(embedder.truncated) == [long] and embedder.truncated[long] > embedder.max_length == 64
+    with pytest.raises(UserError, match="text 1 is empty"):
+        embedder.texts(["clear", " "])
+
+
+def damaged(folder, tmp_path, file, change):
+    shutil.copytree(folder, tmp_path / "damaged")
+    values = json.loads((tmp_path / "damaged" / file).read_text())
+    change(values)
+    (tmp_path / "damaged" / file).write_text(json.dumps(values))
+    return tmp_path / "damaged"
+
+
+def test_code_that_comes_with_a_folder_runs_only_when_asked(folders, tmp_path, pictures):
+    own = damaged(
+        folders["clip"],
+        tmp_path,
+        "config.json",
+        lambda c: c.update(
+            model_type="own_clip", auto_map={"AutoConfig": "own.OwnConfig", "AutoModel": "own.OwnModel"}
+        ),
+    )
+    (own / "own.py").write_text(
+        "from transformers import CLIPConfig, CLIPModel\n"
+        "class OwnConfig(CLIPConfig):\n    model_type = 'own_clip'\n"
+        "class OwnModel(CLIPModel):\n    config_class = OwnConfig\n"
+        "    def get_image_patch_features(self, pixel_values):\n"
+        "        n = len(pixel_values)\n"
+        "        return self.get_image_features(pixel_values).pooler_output[:, None, None].expand(n, 2, 3, -1)\n"
+    )
+    with pytest.raises(UserError, match="add --trust-remote-code"):
+        Embedder(own)
+    embedder = Embedder(own, trust_remote_code=True)
+    assert torch.equal(embedder.texts(TEXTS), Embedder(folders["clip"]).texts(TEXTS))
+    patches = embedder.patches(pictures)
+    assert patches.shape == (5, 2, 3, 16)
+    torch.testing.assert_close(patches[:, 1, 2], embedder.images(pictures))
+
+
+def test_what_is_no_dual_encoder_is_said(folders, tmp_path):
+    from transformers import BertConfig, BertModel
+
+    folder = tmp_path / "bert"
+    shutil.copytree(folders["vit-bert"], folder, ignore=shutil.ignore_patterns("config.json", "*.safetensors"))
+    BertModel(
+        BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=1, intermediate_size=16)
+    ).save_pretrained(folder)
+    with pytest.raises(UserError, match="no dual encoder"):
+        Embedder(folder)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"no config\.json"):
+        Embedder(tmp_path / "empty")
+
+
+def test_a_missing_weight_and_nan_are_said(folders, tmp_path, pictures):
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path / "without"
+    shutil.copytree(folders["clip"], folder)
+    weights = load_file(folder / "model.safetensors")
+    head = weights.pop("visual_projection.weight")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"1 weight\(s\) are missing.*visual_projection"):
+        Embedder(folder)
+    save_file(
+        {**weights, "visual_projection.weight": head * torch.nan},
+        folder / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    with pytest.raises(UserError, match="NaN"):
+        Embedder(folder).images(pictures)
