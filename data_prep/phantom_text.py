@@ -225,7 +225,6 @@ def write_report(
     names = {f.name for f in findings}
     if "consolidation" in names and rng.random() < 0.6:
         impression.append(pick(PNEUMONIA))
-        labels["Pneumonia"] = -1
     visible = [n for n in ABSENT if n not in names and not (view == "LATERAL" and n in ("pneumothorax", "fracture"))]
     for name in visible:
         if rng.random() < 0.7:
@@ -241,7 +240,10 @@ def write_report(
     if not [f for f in findings if f.name not in DEVICES]:
         labels["No Finding"] = 1
         impression.insert(0, pick(CLEAR[:2] if findings else CLEAR))
-    text = {"indication": indication, "findings": " ".join(body), "impression": " ".join(impression[:5])}
+    impression = impression[:5]
+    if set(impression) & set(PNEUMONIA):  # it may have been the sixth
+        labels["Pneumonia"] = -1
+    text = {"indication": indication, "findings": " ".join(body), "impression": " ".join(impression)}
     return Report(text, labels, hedged)
 
 
