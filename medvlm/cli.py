@@ -6,7 +6,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -130,20 +130,41 @@ def export(
 
 @app.command()
 def evaluate(
-    folder: Annotated[str, typer.Argument(help="A Hugging Face image-text-to-text folder or hub name.")],
+    folder: Annotated[
+        str, typer.Argument(help="A Hugging Face folder or hub name: a dual encoder, or for vqa an LLM.")
+    ],
     data: Annotated[list[Path], typer.Option(help="Shard folders or tars; may be given several times.")],
-    task: Annotated[str, typer.Option(help="What to evaluate.")] = "vqa",
+    task: Annotated[str, typer.Option(help="vqa, or of a dual encoder one of those in docs/evaluate.md.")] = "vqa",
     out: Annotated[Path | None, typer.Option(help="Folder for results.json and predictions.jsonl.")] = None,
-    train_data: Annotated[list[Path] | None, typer.Option(help="Training shards, for a control.")] = None,
-    limit: Annotated[int | None, typer.Option(help="At most this many questions.")] = None,
+    train_data: Annotated[list[Path] | None, typer.Option(help="Training shards: for a control, or a probe.")] = None,
+    limit: Annotated[int | None, typer.Option(help="At most this many questions, pictures or phrases.")] = None,
     batch_size: int = 16,
     max_new_tokens: int = 32,
     seed: int = 0,
+    k: Annotated[list[int] | None, typer.Option(help="retrieval, precision_at_k; may be given several times.")] = None,
+    section: Annotated[str | None, typer.Option(help="Text of a report: findings, impression or both.")] = None,
+    other_patients: Annotated[bool | None, typer.Option("--other-patients", help="retrieval: rivals only.")] = None,
+    prompts: Annotated[str | None, typer.Option(help="A prompt set's name, or the path of a .yaml file.")] = None,
+    aggregate: Annotated[str | None, typer.Option(help="zero_shot: mean or max over prompts.")] = None,
+    uncertain: Annotated[str | None, typer.Option(help="Labels of -1: ignore, positive or negative.")] = None,
+    unmentioned: Annotated[str | None, typer.Option(help="Labels of null: negative or ignore.")] = None,
+    seeds: Annotated[int | None, typer.Option(help="linear_probe: how many, at least 3.")] = None,
+    phrase: Annotated[str | None, typer.Option(help="grounding: label, or sentence of the report.")] = None,
+    pictures: Annotated[int | None, typer.Option(help="grounding: heat maps to draw.")] = None,
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run code of the folder.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Evaluate a model with majority, blank-image and shuffled-image controls beside its score."""
+    """Evaluate a model, with intervals and what chance or a control scores beside each number."""
     from medvlm import evaluation
 
+    given: dict[str, Any] = {
+        "section": section,
+        "other_patients": other_patients,
+        "prompts": prompts,
+        "aggregate": aggregate,
+    }
+    given |= {"k": k or None, "uncertain": uncertain, "unmentioned": unmentioned, "seeds": seeds}
+    given |= {"phrase": phrase, "pictures": pictures}
     evaluation.run(
         folder,
         task,
@@ -155,6 +176,8 @@ def evaluate(
         seed=seed,
         as_json=as_json,
         train_data=train_data,
+        options={name: value for name, value in given.items() if value is not None},
+        trust_remote_code=trust_remote_code,
     )
 
 

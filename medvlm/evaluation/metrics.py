@@ -98,7 +98,7 @@ def word_overlap(answer: str, gold: str) -> float:
 
 
 def bootstrap_interval(
-    values: Sequence[float], groups: Sequence[str] | None = None, seed: int = 0, resamples: int = 2000
+    values: Sequence[float] | np.ndarray, groups: Sequence[str] | None = None, seed: int = 0, resamples: int = 2000
 ) -> tuple[float, float]:
     """95 % percentile interval of the mean (Efron & Tibshirani 1993).
 

@@ -51,7 +51,7 @@ class Question:
         return decode_image(self.reader.images(self.sample_index)[number], f"{self.key}.{number}")
 
 
-class _LazyImages(Sequence):
+class LazyImages(Sequence):
     """Decodes when looked at, so that an evaluation never holds more pictures than one batch."""
 
     def __init__(self, loaders: list[Callable[[], Image.Image]]):
@@ -142,7 +142,7 @@ def donors(questions: Sequence[Question], seed: int) -> dict[tuple[str, int], Pl
 
 def _request(question: Question, loaders: list[Callable[[], Image.Image]]) -> "Request":
     content = [{"type": "image"} for _ in loaders] + [{"type": "text", "text": question.text}]
-    return _LazyImages(loaders), [{"role": "user", "content": content}]
+    return LazyImages(loaders), [{"role": "user", "content": content}]
 
 
 def own(question: Question) -> "Request":

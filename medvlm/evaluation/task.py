@@ -1,32 +1,71 @@
 """What an evaluation task is: three functions. It has its own file so that tasks need not import their registry."""
 
+import importlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
+
+from pydantic import BaseModel, ConfigDict
+
+from medvlm.errors import UserError
+from medvlm.evaluation.questions import Reader
 
 
 class Row(NamedTuple):
-    """One line of a table of results. ``value`` is a share in [0, 1], or None where it is not defined."""
+    """One line of a table of results. ``value`` is a share, shown in per cent, or a ``number`` that is none; None
+    where it is not defined."""
 
     label: str
     value: float | None
     interval: tuple[float, float] | list[float] | None
     n: int
     control: bool = False  # what a model that does not look scores; printed beside the model's number
+    number: bool = False
 
     @property
     def shown(self) -> str:
-        return "–" if self.value is None else f"{100 * self.value:.1f}"
+        return "–" if self.value is None else self._show(self.value)
 
     @property
     def interval_shown(self) -> str:
-        return "" if self.interval is None else f"{100 * self.interval[0]:.1f} to {100 * self.interval[1]:.1f}"
+        return "" if self.interval is None else " to ".join(map(self._show, self.interval))
+
+    def _show(self, value: float) -> str:
+        return f"{value:.4g}" if self.number else f"{100 * value:.1f}"
+
+
+class Options(BaseModel):
+    """What a task of its own lets the user choose; the base of each task's."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Context(NamedTuple):
+    """What a task of dual encoders gets besides the model and its items. Pictures go into the folder ``out``."""
+
+    out: Path
+    batch_size: int = 32
+    seed: int = 0
+    train_reader: Reader | None = None
 
 
 class Task(NamedTuple):
     """``load(reader, limit, seed) -> questions``; ``evaluate(generator, questions, *, batch_size, max_new_tokens, seed,
     train_reader) -> (results, one dict per question)``; ``table(results) -> rows``. Both results are written as JSON.
+
+    A task with ``options`` asks a dual encoder instead: ``load(reader, limit, seed, options)`` and
+    ``evaluate(embedder, items, options, context)``.
     """
 
     load: Callable[..., list[Any]]
     evaluate: Callable[..., tuple[dict[str, Any], list[dict[str, Any]]]]
     table: Callable[[dict[str, Any]], list[Row]]
+    options: type[Options] | None = None
+
+
+def scikit_learn(part: str) -> Any:
+    """``sklearn.PART``, which is optional. Raises UserError that says how to install it."""
+    try:
+        return importlib.import_module(f"sklearn.{part}")
+    except ImportError:
+        raise UserError("this task needs scikit-learn: pip install 'medvlm[eval]'") from None
