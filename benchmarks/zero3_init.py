@@ -25,7 +25,6 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 import torch
 from toy import CLIP, make_tokenizer
 
-from medvlm.config.schema import Model
 from medvlm.models.build import build_components, build_model
 
 WIDTH, VOCABULARY = 1536, 32000

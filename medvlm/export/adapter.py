@@ -8,13 +8,12 @@ from typing import Any
 
 from safetensors.torch import save_file
 
-from medvlm.config.schema import Model
+from medvlm.config.model import Model
 from medvlm.errors import UserError
 from medvlm.export.llava import open_run, stock_name, trained_model, values_of_identity, verify, write_llava
 from medvlm.models import lora
 from medvlm.models.build import build_components
 from medvlm.models.trainable import part_config
-from medvlm.models.vision_language_model import PARTS
 from medvlm.training import checkpoint
 
 PREFIX = "base_model.model."  # peft's name for the model that it wraps

@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from medvlm.config.schema import Backbone, RunConfig
+from medvlm.config.model import Backbone
+from medvlm.config.schema import RunConfig
 
 
 def model_card(config: RunConfig, checkpoint: str, proof: dict[str, Any] | None) -> str:

@@ -10,7 +10,7 @@ import transformers
 from tokenizers import AddedToken
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForCausalLM, AutoTokenizer, LlavaProcessor
 
-from medvlm.config.schema import Backbone, Model
+from medvlm.config.model import Backbone, Llava
 from medvlm.data.conversation import multimodal_template
 from medvlm.data.schema import IMAGE_MARK
 from medvlm.errors import UserError
@@ -61,7 +61,7 @@ class Components:
         return self.tokenizer.convert_tokens_to_ids(IMAGE_MARK)
 
 
-def build_components(config: Model) -> Components:
+def build_components(config: Llava) -> Components:
     """Configurations, tokenizer and image processor of a recipe's model. Raises UserError where a folder lacks them."""
     vision = _vision_config(config.vision_tower)
     text = _text_config(config)
@@ -95,14 +95,14 @@ def build_components(config: Model) -> Components:
     return Components(processor, vision, text, tokens, dim, size, unused, grown)
 
 
-def build_plain_model(config: Model, parts: Components, seed: int = 0) -> VisionLanguageModel:
+def build_plain_model(config: Llava, parts: Components, seed: int = 0) -> VisionLanguageModel:
     """The model in fp32 on the CPU, whatever attention and kernels the recipe asks of its GPUs: for export."""
     plain = config.model_copy(update={"attention": "auto", "kernels": "torch"})
     return build_model(plain, parts, torch.float32, seed=seed, machine=Machine())
 
 
 def build_model(
-    config: Model,
+    config: Llava,
     parts: Components,
     dtype: torch.dtype,
     deepspeed_config: dict[str, Any] | None = None,
@@ -195,7 +195,7 @@ def _with_bos(tokenizer: Any, template: str) -> str:
     return "{{ bos_token }}" + template if adds and "bos_token" not in template else template
 
 
-def _gguf(config: Model) -> dict[str, str]:
+def _gguf(config: Llava) -> dict[str, str]:
     return {"gguf_file": config.language_model.gguf_file} if config.language_model.gguf_file else {}
 
 
@@ -219,7 +219,7 @@ def _vision_config(part: Backbone) -> Any:
     return config
 
 
-def _text_config(config: Model) -> Any:
+def _text_config(config: Llava) -> Any:
     part = config.language_model
     if part.config is not None:
         return _from_scratch(part.config, "model.language_model")
@@ -247,7 +247,7 @@ def _square_size(image_processor: Any) -> int:
     return size["height"]
 
 
-def _probe_vision(vision: Any, size: int, config: Model) -> tuple[int, int, set[str]]:
+def _probe_vision(vision: Any, size: int, config: Llava) -> tuple[int, int, set[str]]:
     """Token count, feature width, and the parameters no feature depends on (later layers, pooling head).
 
     Found by running the tower forward and backward on the meta device, which costs no memory: parameters that

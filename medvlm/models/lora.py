@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from medvlm.config.schema import Backbone, Lora, Model
+from medvlm.config.model import Backbone, Lora, Model
 from medvlm.errors import UserError
-from medvlm.models.vision_language_model import PARTS, VisionLanguageModel
 
 
 def lora_of(config: Model, part: str) -> Lora | None:
@@ -25,13 +24,13 @@ def scale(lora: Lora) -> float:
     return lora.alpha / (lora.rank**0.5 if lora.rslora else lora.rank)
 
 
-def add_adapters(model: VisionLanguageModel, config: Model, unused: set[str], seed: int) -> None:
+def add_adapters(model: nn.Module, config: Model, unused: set[str], seed: int) -> None:
     """Put adapters into the parts with ``train: lora``, in place; all ranks draw the same initial weights.
 
     ``unused`` names vision parameters that no feature depends on: their layers get none. Base weights may be
     partitioned by ZeRO-3 already; the adapters are partitioned with the rest by ``deepspeed.initialize``.
     """
-    for part in PARTS:
+    for part in config.PARTS:
         if lora := lora_of(config, part):
             skip = unused if part == "vision_tower" else set()
             names = _targets(getattr(model, part), lora, skip, f"model.{part}.lora.targets")

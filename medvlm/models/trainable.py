@@ -4,10 +4,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from medvlm.config.schema import Backbone, Model, Part
+from medvlm.config.model import Backbone, Model, Part
 from medvlm.models.layers import checkpoint_activations
 from medvlm.models.lora import is_adapter
-from medvlm.models.vision_language_model import PARTS, VisionLanguageModel
 
 
 @dataclass
@@ -23,16 +22,21 @@ def part_config(config: Model, part: str) -> Part:
     return getattr(config, part)
 
 
-def apply_trainable(model: VisionLanguageModel, config: Model, unused: set[str]) -> list[PartSummary]:
+def part_parameters(model: nn.Module, part: str) -> dict[str, nn.Parameter]:
+    """By their names inside the part."""
+    return dict(getattr(model, part).named_parameters())
+
+
+def apply_trainable(model: nn.Module, config: Model, unused: set[str]) -> list[PartSummary]:
     """Set ``requires_grad`` per part. ``unused`` names vision parameters that cannot influence the features.
 
     Sizes come from ``ds_numel`` where ZeRO-3 has partitioned a parameter.
     """
     summaries = []
-    for name in PARTS:
+    for name in config.PARTS:
         part = part_config(config, name)
         norms = _norm_parameters(getattr(model, name))
-        parameters = model.part_parameters(name)
+        parameters = part_parameters(model, name)
         for key, p in parameters.items():
             chosen = {
                 "frozen": False,

@@ -14,7 +14,6 @@ from medvlm.objectives.language_modeling import (
     token_cross_entropy_sum,
 )
 
-PARTS = ("vision_tower", "multi_modal_projector", "language_model")
 MASKED_LAYERS = ("full_attention", "sliding_attention", "chunked_attention")  # in these a mask separates samples
 
 
@@ -189,9 +188,6 @@ class VisionLanguageModel(nn.Module):
     def logits(self, input_ids: Tensor, pixel_values: Tensor) -> Tensor:
         """[B, T, V] in fp32, for comparisons; training never makes these."""
         return self.head(self.hidden_states(input_ids, pixel_values)).float()
-
-    def part_parameters(self, part: str) -> dict[str, nn.Parameter]:
-        return dict(getattr(self, part).named_parameters())
 
 
 def _refuse_leaks(decoder: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from medvlm.config.schema import Model, RunConfig
+from medvlm.config.model import Model
+from medvlm.config.schema import RunConfig
 from medvlm.models.build import Components, build_model
 from medvlm.models.trainable import PartSummary
 from medvlm.planning.batch import BatchShape, make_batch

@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from medvlm.config.schema import Backbone, RunConfig
+from medvlm.config.model import Backbone
+from medvlm.config.schema import RunConfig
 from medvlm.errors import UserError
-from medvlm.models.trainable import part_config
-from medvlm.models.vision_language_model import PARTS, VisionLanguageModel
+from medvlm.models.trainable import part_config, part_parameters
 from medvlm.training.adamw_8bit import AdamW8bit
 from medvlm.training.ema import keep_average
 from medvlm.training.lion import Lion
@@ -18,7 +18,7 @@ from medvlm.training.schedule import Rate, warmup_steps
 BLOCK = re.compile(r"(?:^|\.)(?:layers|layer|h|blocks)\.(\d+)\.")
 
 
-def parameter_groups(model: VisionLanguageModel, config: RunConfig) -> list[dict[str, Any]]:
+def parameter_groups(model: nn.Module, config: RunConfig) -> list[dict[str, Any]]:
     """Trainable parameters by part and, with layer-wise decay, by depth; matrices apart from vectors (which are never
     decayed); for Muon, the weights of hidden linear layers apart from other matrices.
 
@@ -27,11 +27,11 @@ def parameter_groups(model: VisionLanguageModel, config: RunConfig) -> list[dict
     groups: dict[tuple, dict[str, Any]] = {}
     taken: set[int] = set()
     optimizer = config.training.optimizer
-    for part in PARTS:
+    for part in config.model.PARTS:
         section, hidden = part_config(config.model, part), _hidden_matrices(getattr(model, part))
         decay = config.training.weight_decay if section.weight_decay is None else section.weight_decay
         for name, factor in layer_factors(model, config, part).items():
-            p = model.part_parameters(part)[name]
+            p = part_parameters(model, part)[name]
             if not p.requires_grad or id(p) in taken:
                 continue
             taken.add(id(p))
@@ -54,13 +54,13 @@ def parameter_groups(model: VisionLanguageModel, config: RunConfig) -> list[dict
     return list(groups.values())
 
 
-def layer_factors(model: VisionLanguageModel, config: RunConfig, part: str) -> dict[str, float]:
+def layer_factors(model: nn.Module, config: RunConfig, part: str) -> dict[str, float]:
     """By parameter of a part: layer_decay to the power of the layers above it (BEiT, Bao et al., arXiv 2106.08254).
 
     What comes before the blocks (embeddings) counts as the layer below the first, what comes after as the one above
     the last, by the order in which the model registers them.
     """
-    names = list(model.part_parameters(part))
+    names = list(part_parameters(model, part))
     section = part_config(config.model, part)
     decay = section.layer_decay if isinstance(section, Backbone) else 1.0
     blocks = {name: int(found[1]) for name in names if (found := BLOCK.search(name))}
@@ -101,7 +101,7 @@ def _refuse_with_offload(config: RunConfig, device: str) -> None:
         raise UserError(f"training.optimizer.name: {name} has no update for an offloaded optimizer; use adamw")
     if config.training.ema_decay and device == "nvme":
         raise UserError("training.ema_decay: NVMe offload knows Adam's states only; offload to cpu, or unset it")
-    if any(part_config(config.model, part).gradient_clipping for part in PARTS):
+    if any(part_config(config.model, part).gradient_clipping for part in config.model.PARTS):
         raise UserError("gradient_clipping of a part: an offloaded optimizer's gradients are gone; set it to null")
 
 
@@ -128,7 +128,7 @@ def _muon(groups: list[dict[str, Any]], config: RunConfig, betas: tuple, stage: 
             "training.gradient_clipping: under ZeRO-1 to 3 DeepSpeed clips Muon's update, not the gradient, which "
             "shortens every step; set it to null with muon"
         )
-    if any(part_config(config.model, part).gradient_clipping is not None for part in PARTS):
+    if any(part_config(config.model, part).gradient_clipping is not None for part in config.model.PARTS):
         raise UserError("gradient_clipping of a part: under ZeRO-1 and 2 it would come after Muon; set it to null")
     if not any(group["muon"] for group in groups):
         raise UserError("training.optimizer.name: muon updates weights of linear layers, and none of them trains")

@@ -7,10 +7,9 @@ import torch
 from deepspeed import comm
 from torch import Tensor, nn
 
-from medvlm.config.schema import Backbone, Model
+from medvlm.config.model import Backbone, Model
 from medvlm.errors import UserError
-from medvlm.models.trainable import part_config
-from medvlm.models.vision_language_model import PARTS, VisionLanguageModel
+from medvlm.models.trainable import part_config, part_parameters
 from medvlm.training import distributed
 from medvlm.training.checkpoint.folder import full_shape
 from medvlm.training.checkpoint.fragments import held
@@ -19,7 +18,7 @@ from medvlm.training.checkpoint.stock import stock_name
 CHUNK = 4 * 2**20  # elements digested at a time
 
 
-def from_pretrained_folders(model: VisionLanguageModel, config: Model, grown: bool) -> set[str]:
+def from_pretrained_folders(model: Any, config: Model, grown: bool) -> set[str]:
     """Frozen parameters that building the model gives again: those of a ``path``, if no checkpoint replaced them.
 
     ``grown``: the vocabulary was enlarged, with new rows from random numbers, so the embeddings do not count.
@@ -30,9 +29,9 @@ def from_pretrained_folders(model: VisionLanguageModel, config: Model, grown: bo
             new |= {id(p) for p in layer.parameters()}
     return {
         f"{part}.{name}"
-        for part in PARTS
+        for part in config.PARTS
         if isinstance(found := part_config(config, part), Backbone) and found.path
-        for name, p in model.part_parameters(part).items()
+        for name, p in part_parameters(model, part).items()
         if not (p.requires_grad or id(p) in new or getattr(p, "from_checkpoint", False))
     }
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from medvlm.config.schema import Model
+from medvlm.config.model import Model
 from medvlm.errors import UserError
 from medvlm.training import distributed
 from medvlm.training.checkpoint import fragments, frozen

@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from medvlm.config.schema import Model
+from medvlm.config.model import parse_model
 from medvlm.models.lora import is_adapter, lora_of, scale
 from medvlm.training.checkpoint.pieces import ByPart, Weights
 
@@ -27,7 +27,7 @@ class StockWeights(ByPart):
         self.absent = absent if built is None else set()
         parameters = {} if built is None else {stock_name(name): p for name, p in built.named_parameters()}
         self.built = {name: p.detach() for name, p in parameters.items() if name in absent}
-        self.model = Model.model_validate(weights.config["model"])
+        self.model = parse_model(weights.config["model"])
         adapted = {name.partition(".lora_A.")[0] for name in weights.shapes if ".lora_A." in name}
         self.adapted = {f"{layer}.weight": layer for layer in adapted} if merge else {}
 
