@@ -18,6 +18,7 @@ Images are synthetic radiographs: 2048 x 2500 JPEG at quality 95, the same shrun
 """
 
 import argparse
+import functools
 import io
 import itertools
 import os
@@ -45,7 +46,7 @@ from toy import TEMPLATE, make_tokenizer
 
 from medvlm.data.conversation import ConversationEncoder, multimodal_template
 from medvlm.data.images import ImageTransform
-from medvlm.data.loader import MicroBatches, SampleEncoder, load_batches
+from medvlm.data.loader import MicroBatches, SampleEncoder, collate, load_batches
 from medvlm.data.schema import Sample
 from medvlm.data.shards import ShardReader, write_shards
 
@@ -97,7 +98,8 @@ def ours(shards: Path, processor, tokenizer) -> Iterator[torch.Tensor]:
     reader = ShardReader(shards)
     order = itertools.cycle(np.random.default_rng(0).permutation(len(reader)).tolist())
     draws = ([(number, 0) for number in itertools.islice(order, BATCH)] for _ in itertools.count())
-    for batch in load_batches(MicroBatches(reader, encoder, 0, 1), draws, WORKERS):
+    rows = functools.partial(collate, pad_id=0, image_size=1, padding_free=False)
+    for batch in load_batches(MicroBatches(reader, encoder, rows), draws, WORKERS):
         assert not batch.quarantined, batch.quarantined[0]
         yield batch.pixel_values
 

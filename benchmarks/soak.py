@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,7 @@ import toy
 
 from medvlm.data.conversation import ConversationEncoder, multimodal_template
 from medvlm.data.images import ImageTransform
-from medvlm.data.loader import MicroBatches, SampleEncoder, load_batches
+from medvlm.data.loader import MicroBatches, SampleEncoder, collate, load_batches
 from medvlm.data.shards import ShardReader, merge_index, write_shards
 
 INTERVALS = 10
@@ -60,7 +61,8 @@ def soak_loader(folder: Path, steps: int, workers: int, rows: int = 4) -> bool:
     conversation = ConversationEncoder(tokenizer, multimodal_template(toy.TEMPLATE), 4)
     transform = ImageTransform(SiglipImageProcessor(size={"height": 32, "width": 32}))
     reader = ShardReader(toy.make_shards(folder / "shards", 2000))
-    dataset = MicroBatches(reader, SampleEncoder(conversation, transform, 256), 3, 32)
+    rows = partial(collate, pad_id=3, image_size=32, padding_free=False)
+    dataset = MicroBatches(reader, SampleEncoder(conversation, transform, 256), rows)
 
     def draws() -> Iterator[list[tuple[int, int]]]:
         rng = np.random.default_rng(0)

@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 import torch
 from toy import CLIP, make_tokenizer
 
+from medvlm.config.model import Llava
 from medvlm.models.build import build_components, build_model
 
 WIDTH, VOCABULARY = 1536, 32000
@@ -67,7 +68,7 @@ def build(values: dict[str, Any]) -> tuple[Any, int, int]:
     for option, value in ((-3, 65536), (-1, 0), (-8, 1)):  # mmap threshold, trim threshold, one arena
         libc.mallopt(option, value)
     torch.set_num_threads(1)
-    config = Model.model_validate(values)
+    config = Llava.model_validate(values)
     parts = build_components(config)
     zero = {"stage": 3, "memory_efficient_linear": False, "stage3_param_persistence_threshold": 100000}
     batch = {"train_micro_batch_size_per_gpu": 1, "train_batch_size": int(os.environ["WORLD_SIZE"])}

@@ -76,11 +76,12 @@ def shards_stats(
         output_format(plots)
     if recipe:
         from medvlm.config.load import load_recipe
-        from medvlm.models.build import build_components
         from medvlm.training import feed
+        from medvlm.training.families import family_of
 
         config = load_recipe(recipe)
-        dataset = feed.make_dataset(config, build_components(config.model), list(map(str, paths)), training=False)
+        parts = family_of(config.model).components(config)
+        dataset = feed.make_dataset(config, parts, list(map(str, paths)), training=False)
         tokens = feed.count_lengths(config, dataset, progress=not as_json).tokens
     found = inspect.collect(paths, read or None, tokens)
     inspect.print_stats(found.rows, as_json)
@@ -129,11 +130,11 @@ def shards_show(
     reader, encoder, legend = ShardReader(paths), None, "as stored"
     if recipe:
         from medvlm.config.load import load_recipe
-        from medvlm.models.build import build_components
         from medvlm.training import feed
+        from medvlm.training.families import family_of
 
         config = load_recipe(recipe, overrides)
-        encoder = feed.make_dataset(config, build_components(config.model), paths, training=True).encoder
+        encoder = feed.make_dataset(config, family_of(config.model).components(config), paths, training=True).encoder
         legend = f"as {' '.join([recipe, *overrides])} feeds them in epoch {epoch}"
     title = f"medvlm shards show {' '.join(paths)}"
     cards = contact_sheet(reader, out, title, start=start, count=count, encoder=encoder, epoch=epoch, legend=legend)

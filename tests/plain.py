@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,11 +53,11 @@ def plain_pytorch(
     config = load_recipe(str(recipe))
     parts = build_components(config.model)
     model = build(config, parts)
-    apply_trainable(model, config.model, parts.unused_vision_parameters)
+    apply_trainable(model, config.model, parts.unused)
     data = feed.training_data(config, parts)
     lengths = feed.count_lengths(config, data, progress=False) if feed.needs_lengths(config.data) else None
     plan = feed.make_plan(config, data, lengths)
-    data.collate_options = (*data.collate_options[:2], False)  # padded, whatever the recipe says
+    data.collate = partial(data.collate, padding_free=False)  # padded, whatever the recipe says
     groups = parameter_groups(model, config)
     peaks = [g["lr"] for g in groups]
     low = [p for group in groups for p in group["params"] if p.dtype != torch.float32]

@@ -2,6 +2,7 @@
 
 import json
 import random
+from functools import partial
 
 import pytest
 import torch
@@ -117,7 +118,8 @@ def dataset(tmp_path, tokenizer) -> MicroBatches:
     make_shards(tmp_path / "shards")
     conversation = ConversationEncoder(tokenizer, multimodal_template(TEMPLATE), 4)
     encoder = SampleEncoder(conversation, ImageTransform(SiglipImageProcessor(size={"height": 32, "width": 32})), 60)
-    return MicroBatches(ShardReader(tmp_path / "shards"), encoder, 3, 32)
+    rows = partial(collate, pad_id=3, image_size=32, padding_free=False)
+    return MicroBatches(ShardReader(tmp_path / "shards"), encoder, rows)
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -9,11 +9,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from toy import CLIP, LLAMA, make_recipe, make_tokenizer
 
 from medvlm.config.load import load_recipe
+from medvlm.config.model import Llava
 from medvlm.data.loader import Encoded, collate
 from medvlm.models.build import build_components, build_model
 from medvlm.models.trainable import apply_trainable
 from medvlm.training import peak
-from medvlm.training.flops import CostRecorder, Work, attended_pairs, attention_windows
+from medvlm.training.families.llava import LLAVA
+from medvlm.training.flops import CostRecorder, attended_pairs, attention_windows
+from medvlm.training.flops import work as work_of
 
 LENGTHS = (30, 12, 21)
 
@@ -36,7 +39,7 @@ def build(folder, **overrides):
     config = load_recipe(str(make_recipe(folder, **options)))
     parts = build_components(config.model)
     model = build_model(config.model, parts, torch.float32)
-    apply_trainable(model, config.model, parts.unused_vision_parameters)
+    apply_trainable(model, config.model, parts.unused)
     return model, parts
 
 
@@ -50,9 +53,13 @@ def batch(parts, lengths=LENGTHS, images=(1, 0, 2), padding_free=True):
     return collate(samples, 3, parts.image_size, padding_free)
 
 
-def work(model, made, lengths=LENGTHS) -> Work:
+def record(model, unused):
+    return CostRecorder(model, Llava.PARTS, LLAVA.unit, unused)
+
+
+def work(model, made, lengths=LENGTHS):
     pairs = {w: attended_pairs(lengths, w) for w in attention_windows(model.language_model.config)}
-    return Work(sum(lengths), made.supervised_tokens, made.pixel_values.shape[0], pairs)
+    return work_of({"tokens": sum(lengths), "targets": made.targets, "images": made.images}, pairs)
 
 
 def counted(model, made, backward=True) -> Counter:
@@ -84,11 +91,11 @@ FROZEN = {"model__vision_tower__train": "frozen", "model__language_model__train"
 def test_a_packed_step_costs_what_the_counter_counts(folder, overrides):
     model, parts = build(folder, **overrides)
     made = batch(parts)
-    recorder = CostRecorder(model, parts.unused_vision_parameters)
+    recorder = record(model, parts.unused)
     found = sum(counted(model, made).values())
     costs = recorder.costs.of(work(model, made))
     assert sum(cost.model for cost in costs.values()) == pytest.approx(found, rel=0.01)
-    assert recorder.handles[0].id not in model.vision_tower._forward_pre_hooks, "it watches one pass only"
+    assert recorder.handles[0].id not in model._forward_pre_hooks, "it watches one pass only"
     with torch.no_grad():
         forward = sum(counted(model, made, backward=False).values())
     assert sum(cost.forward for cost in costs.values()) == pytest.approx(forward, rel=0.01)
@@ -98,7 +105,7 @@ def test_a_packed_step_costs_what_the_counter_counts(folder, overrides):
 def test_padding_and_blank_images_do_not_count(folder, attention):
     """One row without padding is counted exactly; padding adds to what is executed and not to the model's FLOPs."""
     model, parts = build(folder, model__attention=attention)
-    recorder = CostRecorder(model, parts.unused_vision_parameters)
+    recorder = record(model, parts.unused)
     whole = batch(parts, (32,), (1,), padding_free=False)
     found = sum(counted(model, whole).values())
     assert sum(c.model for c in recorder.costs.of(work(model, whole, (32,))).values()) == pytest.approx(found, rel=0.01)
@@ -112,10 +119,10 @@ def test_layers_that_no_feature_depends_on_do_not_count(folder):
     last, parts = build(folder)
     before, fewer = build(folder, model__vision_tower__feature_layer=-2)
     images = []
-    for model, unused in ((last, parts.unused_vision_parameters), (before, fewer.unused_vision_parameters)):
-        recorder = CostRecorder(model, unused)
+    for model, unused in ((last, parts.unused), (before, fewer.unused)):
+        recorder = record(model, unused)
         model(**batch(parts).inputs(torch.device("cpu")))
-        images.append(recorder.costs.image.forward)
+        images.append(recorder.costs.parts["vision_tower"]["images"].forward)
     tokens = 5  # four patches and a class token
     layer = tokens * 2 * 6 * 64 * 64 + 4 * 64 * tokens**2
     assert images[0] - images[1] == layer
@@ -127,7 +134,7 @@ def test_recomputation_counts_as_hardware_flops_only(folder):
     totals = []
     for model in (plain, repeating):
         made = batch(parts)
-        recorder = CostRecorder(model, parts.unused_vision_parameters)
+        recorder = record(model, parts.unused)
         executed = sum(counted(model, made).values())
         costs = recorder.costs.of(work(model, made)).values()
         totals.append([sum(c.model for c in costs), sum(c.hardware for c in costs), executed])
@@ -140,11 +147,11 @@ def test_active_experts_only(folder):
     """Mixtral: two of eight experts. By arithmetic, as the counter does not know grouped matmuls."""
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_local_experts": 8, "num_experts_per_tok": 2}
     model, parts = build(folder, model__language_model__config={**LLAMA, **sizes, "model_type": "mixtral"})
-    recorder = CostRecorder(model, parts.unused_vision_parameters)
+    recorder = record(model, parts.unused)
     model(**batch(parts).inputs(torch.device("cpu")))
     attention = 2 * 64 * (64 + 32 + 32 + 64)
     experts, router = 2 * 3 * 2 * 64 * 96, 2 * 64 * 8
-    assert recorder.costs.token.forward == 2 * (attention + experts + router)
+    assert recorder.costs.parts["language_model"]["tokens"].forward == 2 * (attention + experts + router)
 
 
 def test_windows_and_pairs():
@@ -159,12 +166,12 @@ def test_windows_and_pairs():
 
 def test_evaluation_before_training_is_not_recorded(folder):
     model, parts = build(folder)
-    recorder = CostRecorder(model, parts.unused_vision_parameters)
+    recorder = record(model, parts.unused)
     with torch.no_grad():
         model(**batch(parts).inputs(torch.device("cpu")))
     assert not recorder.done
     model(**batch(parts).inputs(torch.device("cpu")))
-    assert recorder.done and recorder.costs.token.backward > 0
+    assert recorder.done and recorder.costs.parts["language_model"]["tokens"].backward > 0
 
 
 def test_the_peak_is_a_datasheets_or_measured():

@@ -109,8 +109,8 @@ def test_no_adapter_where_nothing_could_be_learnt(world):
     config = load_recipe(str(make_recipe(world, "lora-unused", **OPTIONS, **options)))
     parts = build_components(config.model)
     model = build_model(config.model, parts, torch.float32)
-    lora.add_adapters(model, config.model, parts.unused_vision_parameters, 0)
-    summaries = {s.name: s for s in apply_trainable(model, config.model, parts.unused_vision_parameters)}
+    lora.add_adapters(model, config.model, parts.unused, 0)
+    summaries = {s.name: s for s in apply_trainable(model, config.model, parts.unused)}
     names = [n for n, p in model.named_parameters() if p.requires_grad]
     assert not [n for n in names if n.startswith("vision_tower") and "layers.1." in n]
     assert not [n for n in names if "lm_head" in n or "base_layer" in n]

@@ -13,7 +13,8 @@ from medvlm.data.loader import Encoded, collate
 from medvlm.models.build import build_components, build_model
 from medvlm.models.trainable import apply_trainable
 from medvlm.training import timers
-from medvlm.training.flops import CostRecorder
+from medvlm.training.families.llava import LLAVA
+from medvlm.training.flops import PAIRS, CostRecorder
 
 
 def test_a_run_measures_itself_on_all_ranks(world):
@@ -40,16 +41,18 @@ def test_a_run_measures_itself_on_all_ranks(world):
     config = load_recipe(str(recipe))
     parts = build_components(config.model)
     model = build_model(config.model, parts, torch.float32)
-    apply_trainable(model, config.model, parts.unused_vision_parameters)
-    recorder = CostRecorder(model, parts.unused_vision_parameters)
+    apply_trainable(model, config.model, parts.unused)
+    recorder = CostRecorder(model, config.model.PARTS, LLAVA.unit, parts.unused)
     model(**collate([Encoded([7] * 9, [7] * 9)], 3, 32, True).inputs(torch.device("cpu")))
-    costs = recorder.costs
+    costs = recorder.costs.parts
+    language = costs["language_model"]
     for row in rows:
         found = {part: tera * 1e12 for part, tera in row["model_tflop"].items()}
-        assert found["vision_tower"] == pytest.approx(costs.image.model * row["images"])
-        assert found["multi_modal_projector"] == pytest.approx(costs.projected_image.model * row["images"])
-        linear = costs.token.model * row["tokens"] + costs.supervised.model * row["supervised_tokens"]
-        assert linear < found["language_model"] <= linear + costs.pair[None].model * 256 * row["tokens"]
+        assert found["vision_tower"] == pytest.approx(costs["vision_tower"]["images"].model * row["images"])
+        projected = costs["multi_modal_projector"]["images"].model * row["images"]
+        assert found["multi_modal_projector"] == pytest.approx(projected)
+        linear = language["tokens"].model * row["tokens"] + language["targets"].model * row["supervised_tokens"]
+        assert linear < found["language_model"] <= linear + language[PAIRS, None].model * 256 * row["tokens"]
 
 
 class Work(torch.distributed.Work):

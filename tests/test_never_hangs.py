@@ -96,7 +96,7 @@ def make_cases(world: Path, ranks: int) -> dict[str, Path]:
 def with_adapters(config, parts):
     """Adapters as training adds them; `test_lora.py` compares those with peft's own."""
     model = initialised(config, parts)
-    add_adapters(model, config.model, parts.unused_vision_parameters, config.run.seed)
+    add_adapters(model, config.model, parts.unused, config.run.seed)
     return model
 
 

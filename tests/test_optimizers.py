@@ -60,7 +60,7 @@ def groups_of(folder: Path, **options) -> tuple[dict[str, dict], RunConfig]:
     config = load_recipe(str(make_recipe(folder, "groups", **options)))
     parts = build_components(config.model)
     model = build_model(config.model, parts, torch.float32)
-    apply_trainable(model, config.model, parts.unused_vision_parameters)
+    apply_trainable(model, config.model, parts.unused)
     groups = parameter_groups(model, config)
     names = {id(p): name for name, p in model.named_parameters()}
     assert sum(len(g["params"]) for g in groups) == sum(p.requires_grad for p in model.parameters())
@@ -272,7 +272,7 @@ def test_parts_with_settings_of_their_own_equal_plain_pytorch(world, stage):
     config = load_recipe(str(path))
     parts = build_components(config.model)
     model = build_model(config.model, parts, torch.float32)
-    apply_trainable(model, config.model, parts.unused_vision_parameters)
+    apply_trainable(model, config.model, parts.unused)
     groups = parameter_groups(model, config)
 
     def by_hand(step: int) -> list[float]:

@@ -5,6 +5,7 @@ import os
 import shutil
 import tarfile
 import warnings
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ import webdataset
 from toy import make_shards, png, sample
 
 from medvlm.data.index import MERGED, Tar, tars_of
-from medvlm.data.loader import Encoded, MicroBatches
+from medvlm.data.loader import Encoded, MicroBatches, collate
 from medvlm.data.schema import Sample
 from medvlm.data.shards import (
     INDEX_SCHEMA,
@@ -328,7 +329,8 @@ def test_the_loader_quarantines_a_damaged_sample_with_its_reason(folder, tar):
     damage(tar, place(tar, "s0003.0.png")[1] + 60)
     damage(tar, place(tar, "s0004.json")[1] + 60)
     whole = ShardReader(folder)
-    dataset = MicroBatches(whole, lambda sample, images, repeat: Encoded([1, 2], [-100, 2]), 0, 8)
+    rows = partial(collate, pad_id=0, image_size=8, padding_free=False)
+    dataset = MicroBatches(whole, lambda sample, images, repeat: Encoded([1, 2], [-100, 2]), rows)
     batch = dataset[[(i, 0) for i in range(6)]]
     assert [key for key, _ in batch.quarantined] == ["s0003", "s0004"] and len(batch.input_ids) == 4
     for (key, reason), member in zip(batch.quarantined, ("0.png", "json"), strict=True):

@@ -55,7 +55,7 @@ def test_frozen_parts_and_checkpointing_under_zero3_equal_plain_pytorch(world, f
     )
     launch(recipe)
     assert_same_run(metrics(world, name), plain_pytorch(recipe))
-    unused = build_components(load_recipe(str(recipe)).model).unused_vision_parameters
+    unused = build_components(load_recipe(str(recipe)).model).unused["vision_tower"]
     untrainable = {f"vision_tower.{key}" for key in unused}
     before, after = weights(world, "init"), weights(world, name)
     for key, value in before.items():
@@ -156,5 +156,5 @@ def test_bf16_trains_under_zero3(world):
 def test_parameters_that_no_feature_depends_on_are_frozen(world):
     config = load_recipe(str(make_recipe(world, "unused", model__vision_tower__feature_layer=-2)))
     parts = build_components(config.model)
-    assert any("layers.1." in name for name in parts.unused_vision_parameters)
-    assert not any("layers.0." in name for name in parts.unused_vision_parameters)
+    assert any("layers.1." in name for name in parts.unused["vision_tower"])
+    assert not any("layers.0." in name for name in parts.unused["vision_tower"])

@@ -112,7 +112,7 @@ def test_which_layers_recompute_their_activations(world, which, chosen):
     config = load_recipe(str(mode(world, "layers", "zero1", **options)))
     parts = build_components(config.model)
     model = build_model(config.model, parts, torch.float32)
-    apply_trainable(model, config.model, parts.unused_vision_parameters)
+    apply_trainable(model, config.model, parts.unused)
     assert [int(layer.gradient_checkpointing) for layer in repeated_layers(model.language_model)] == chosen
     assert not any(layer.gradient_checkpointing for layer in repeated_layers(model.vision_tower))
 

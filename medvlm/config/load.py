@@ -1,7 +1,6 @@
 """Recipes: lookup by name or path, overrides from the command line, validation with the nearest right key."""
 
 import difflib
-import types
 import typing
 from importlib import resources
 from pathlib import Path
@@ -89,7 +88,7 @@ def _assign(values: dict[str, Any], key: str, value: Any) -> None:
 
 def _explain(error: Any) -> str:
     location = [str(part) for part in error["loc"]]
-    field = ".".join(location)
+    field = ".".join(part for n, part in enumerate(location) if not (n == 1 and location[0] == "model"))
     if error["type"] != "extra_forbidden":
         given = "" if isinstance(error["input"], dict) else f" (got {error['input']!r})"
         return f"{field}: {error['msg'].removeprefix('Value error, ')}{given}"
@@ -100,7 +99,16 @@ def _explain(error: Any) -> str:
 
 def _section(model: type[BaseModel], location: list[str]) -> type[BaseModel]:
     for part in location:
-        annotation = model.model_fields[part].annotation
-        options = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
-        model = next(o for o in options if isinstance(o, type) and issubclass(o, BaseModel))
+        if part in model.model_fields:
+            found = _sections(model.model_fields[part].annotation)
+            model = found[0]
+        elif len(found) > 1:  # the name of a family, between `model` and its fields
+            model = next(s for s in found if part in typing.get_args(s.model_fields["family"].annotation))
     return model
+
+
+def _sections(annotation: Any) -> list[type[BaseModel]]:
+    """Those that a field may hold, alone, in a list, or as one of several."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [section for option in typing.get_args(annotation) for section in _sections(option)]

@@ -5,8 +5,9 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from medvlm.config.model import AnyModel, DualEncoder, Section
+from medvlm.config.model import AnyModel, DualEncoder, Llava, Section
 from medvlm.config.objective import Objective
+from medvlm.errors import UserError
 
 
 class DataSource(Section):
@@ -232,6 +233,13 @@ class RunConfig(Section):
     """Of a dual encoder; a language model is trained for the next token."""
     data: Data
     training: Training
+
+    @property
+    def llava(self) -> Llava:
+        """The model's section, where nothing but this family is supported. Raises UserError for another."""
+        if not isinstance(self.model, Llava):
+            raise UserError(f"model.family: {self.model.family} is not supported here, only llava")
+        return self.model
 
     @model_validator(mode="after")
     def _objective_of_family(self) -> "RunConfig":

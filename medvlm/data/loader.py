@@ -1,8 +1,8 @@
 """Samples -> batches of tensors. A batch is what one rank feeds its model in one micro-step."""
 
 import random
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -59,9 +59,7 @@ class Batch:
 
     def pin_memory(self) -> "Batch":
         """Called by the loader's pinning thread, as PyTorch does not look into other classes."""
-        values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
-        pinned: dict[str, Any] = {k: v.pin_memory() if isinstance(v, torch.Tensor) else v for k, v in values.items()}
-        return Batch(**pinned)
+        return pinned(self)
 
     @property
     def tokens(self) -> int:
@@ -78,6 +76,26 @@ class Batch:
     def supervised_tokens(self) -> int:
         """Targets after the shift: a row's first label has no position that predicts it."""
         return int((self.labels[:, 1:] != IGNORE).sum())
+
+    @property
+    def targets(self) -> int:
+        """What the loss is averaged over."""
+        return self.supervised_tokens
+
+    @property
+    def slots(self) -> int:
+        """Tokens, padding included."""
+        return self.input_ids.numel()
+
+    @property
+    def images(self) -> int:
+        return self.pixel_values.shape[0]
+
+
+def pinned(batch: Any) -> Any:
+    """The batch with its tensors in page-locked memory."""
+    tensors = {f.name: v for f in fields(batch) if isinstance(v := getattr(batch, f.name), torch.Tensor)}
+    return replace(batch, **{name: value.pin_memory() for name, value in tensors.items()})
 
 
 class SampleEncoder:
@@ -187,15 +205,16 @@ def stack(images: Sequence[torch.Tensor], image_size: int) -> torch.Tensor:
 
 
 class MicroBatches(Dataset):
-    """Map-style: a list of draws (sample number, repeat or None) in, a :class:`Batch` out. Runs in loader workers."""
+    """Map-style: a list of draws (sample number, repeat or None) in, a batch out. Runs in loader workers.
 
-    def __init__(
-        self, reader: ShardReader, encoder: SampleEncoder, pad_id: int, image_size: int, padding_free: bool = False
-    ):
-        self.reader, self.encoder = reader, encoder
-        self.collate_options = (pad_id, image_size, padding_free)
+    ``encoder`` (sample, image bytes, repeat) gives what ``collate`` makes a batch of, or raises UserError with the
+    reason why a sample cannot be used. A batch has ``keys`` and ``quarantined``, as :class:`Batch`.
+    """
 
-    def __getitem__(self, draws: Sequence[tuple[int, int | None]]) -> Batch:
+    def __init__(self, reader: ShardReader, encoder: Any, collate: Callable[[list[Any]], Any]):
+        self.reader, self.encoder, self.collate = reader, encoder, collate
+
+    def __getitem__(self, draws: Sequence[tuple[int, int | None]]) -> Any:
         encoded, keys, quarantined = [], [], []
         for number, repeat in draws:
             keys.append(self.reader.key(number))
@@ -205,14 +224,14 @@ class MicroBatches(Dataset):
                 raise  # the network is down or the shards are gone: no fault of this sample
             except UserError as error:
                 quarantined.append((keys[-1], str(error)))
-        batch = collate(encoded, *self.collate_options)
+        batch = self.collate(encoded)
         batch.keys, batch.quarantined = keys, quarantined
         return batch
 
 
 def load_batches(
     dataset: MicroBatches, items: Iterator[Sequence[tuple[int, int | None]]], workers: int, timeout: float = 0
-) -> Iterator[Batch]:
+) -> Iterator[Any]:
     """Batches in the order of ``items``, read ahead by ``workers`` processes (0: in this one).
 
     Raises RuntimeError where workers give none for ``timeout`` seconds (0: for ever), or one of them dies.

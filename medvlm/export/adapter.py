@@ -30,9 +30,9 @@ def export_adapter(
     the trained model.
     """
     config, source = open_run(run, out, tag)
-    if not any(lora.lora_of(config.model, part) for part in PARTS):
+    if not any(lora.lora_of(config.model, part) for part in config.model.PARTS):
         raise UserError(f"{run}: no part of it has `train: lora`; leave out --adapter")
-    parts = build_components(config.model)
+    parts = build_components(config.llava)
     state = checkpoint.consolidate(source, ema=ema)
     model = trained_model(config, parts, state)
     plain = checkpoint.StockWeights(state, merge=False, built=model)
@@ -65,7 +65,7 @@ def adapter_name(name: str) -> str:
 
 def adapter_config(model: Model, names: list[str], whole: list[str]) -> Any:
     """One configuration for all parts: where there are several, ranks and alphas are given by layer."""
-    adapted = {part: own for part in PARTS if (own := lora.lora_of(model, part))}
+    adapted = {part: own for part in model.PARTS if (own := lora.lora_of(model, part))}
     common = next(iter(adapted.values()))
     targets, ranks, alphas = [], {}, {}
     for layer in sorted({name.partition(LAYER_MARK)[0] for name in names if LAYER_MARK in name}):
@@ -82,5 +82,5 @@ def adapter_config(model: Model, names: list[str], whole: list[str]) -> Any:
 
 def _whole_modules(model: Model) -> list[str]:
     """Modules of the stock class that trained without adapters."""
-    trained = [part for part in PARTS if part_config(model, part).train in ("full", "norm_and_bias")]
+    trained = [part for part in model.PARTS if part_config(model, part).train in ("full", "norm_and_bias")]
     return trained + ["lm_head"] * ("language_model" in trained)

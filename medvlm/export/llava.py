@@ -46,7 +46,7 @@ def export_run(run: Path, out: Path, tag: str | None = None, ema: bool = False, 
     more than 1e-5 in fp32; ``out`` is then not written.
     """
     config, source = open_run(run, out, tag)
-    parts = build_components(config.model)
+    parts = build_components(config.llava)
     weights = checkpoint.consolidate(source, ema=ema)
     model = trained_model(config, parts, weights) if prove or weights.absent else None
     expected = answers(model, parts) if prove and model else None
@@ -70,8 +70,8 @@ def export_run(run: Path, out: Path, tag: str | None = None, ema: bool = False, 
 
 def trained_model(config: RunConfig, parts: Components, weights: checkpoint.Weights) -> VisionLanguageModel:
     """The model of a run with the weights of its checkpoint, in fp32, on one process."""
-    model = build_plain_model(config.model, parts, config.run.seed)
-    add_adapters(model, config.model, parts.unused_vision_parameters, config.run.seed)
+    model = build_plain_model(config.llava, parts, config.run.seed)
+    add_adapters(model, config.model, parts.unused, config.run.seed)
     checkpoint.load_weights(model, weights, str(weights.path))
     return model.eval()
 
@@ -91,8 +91,8 @@ def open_run(run: Path, out: Path, tag: str | None) -> tuple[RunConfig, Path]:
 
 
 def llava_config(parts: Components, config: RunConfig) -> LlavaConfig:
-    tower = config.model.vision_tower
-    linear = config.model.multi_modal_projector.kind == "linear"
+    tower = config.llava.vision_tower
+    linear = config.llava.multi_modal_projector.kind == "linear"
     return LlavaConfig(
         vision_config=parts.vision_config,
         text_config=parts.text_config,
@@ -146,7 +146,7 @@ def file_names(target: LlavaForConditionalGeneration, parameters: dict[str, Any]
 
 def values_of_identity(config: RunConfig, parts: Components) -> Iterator[tuple[str, Tensor]]:
     """The stock projector has a second layer, which a single linear projector leaves as the identity."""
-    if config.model.multi_modal_projector.kind == "linear":
+    if config.llava.multi_modal_projector.kind == "linear":
         dim = parts.text_config.hidden_size
         yield "multi_modal_projector.linear_2.weight", torch.eye(dim)
         yield "multi_modal_projector.linear_2.bias", torch.zeros(dim)

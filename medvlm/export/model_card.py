@@ -7,7 +7,7 @@ from medvlm.config.schema import RunConfig
 
 
 def model_card(config: RunConfig, checkpoint: str, proof: dict[str, Any] | None) -> str:
-    model = config.model
+    model = config.llava
     tower, language = _origin(model.vision_tower), _origin(model.language_model)
     data = "\n".join(f"- `{source.path}`" for source in config.data.sources)
     return f"""---

@@ -44,7 +44,8 @@ class Components:
     image_tokens: int
     vision_dim: int
     image_size: int
-    unused_vision_parameters: set[str]
+    unused: dict[str, set[str]]
+    """By part: the parameters that nothing the model gives depends on."""
     vocabulary_grown: bool
     """Whether the language model gets rows for tokens that its weights do not have."""
 
@@ -92,7 +93,7 @@ def build_components(config: Llava) -> Components:
         image_token=IMAGE_MARK,
         chat_template=_with_bos(tokenizer, multimodal_template(tokenizer.chat_template)),
     )
-    return Components(processor, vision, text, tokens, dim, size, unused, grown)
+    return Components(processor, vision, text, tokens, dim, size, {"vision_tower": unused}, grown)
 
 
 def build_plain_model(config: Llava, parts: Components, seed: int = 0) -> VisionLanguageModel:

@@ -24,16 +24,15 @@ def scale(lora: Lora) -> float:
     return lora.alpha / (lora.rank**0.5 if lora.rslora else lora.rank)
 
 
-def add_adapters(model: nn.Module, config: Model, unused: set[str], seed: int) -> None:
+def add_adapters(model: nn.Module, config: Model, unused: dict[str, set[str]], seed: int) -> None:
     """Put adapters into the parts with ``train: lora``, in place; all ranks draw the same initial weights.
 
-    ``unused`` names vision parameters that no feature depends on: their layers get none. Base weights may be
+    ``unused`` names, by part, parameters that no output depends on: their layers get none. Base weights may be
     partitioned by ZeRO-3 already; the adapters are partitioned with the rest by ``deepspeed.initialize``.
     """
     for part in config.PARTS:
         if lora := lora_of(config, part):
-            skip = unused if part == "vision_tower" else set()
-            names = _targets(getattr(model, part), lora, skip, f"model.{part}.lora.targets")
+            names = _targets(getattr(model, part), lora, unused.get(part, set()), f"model.{part}.lora.targets")
             torch.manual_seed(seed)
             _inject(getattr(model, part), lora, names)
 

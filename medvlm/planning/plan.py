@@ -101,7 +101,7 @@ def make_plan(
 
 def for_target(config: RunConfig, target: str) -> RunConfig:
     """The recipe as it would run there: bf16 on a GPU. Kernels are this machine's: what they keep is much the same."""
-    training, model = config.training, config.model
+    training, model = config.training, config.llava
     if training.precision == "auto":
         training = training.model_copy(update={"precision": "bf16" if target == "cuda" else "fp32"})
     model = model.model_copy(update={"kernels": "auto"} | ({} if model.attention == "eager" else {"attention": "auto"}))

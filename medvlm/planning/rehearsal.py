@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from medvlm.config.model import Model
+from medvlm.config.model import Llava
 from medvlm.config.schema import RunConfig
 from medvlm.models.build import Components, build_model
 from medvlm.models.trainable import PartSummary
@@ -102,7 +102,7 @@ def rehearse_here(job: Job) -> Rehearsal:
     with fake_tensors(), fused_attention(), count:
         stage = job.ds_config["zero_optimization"]["stage"]
         with torch.device("cpu") if stage == 3 else device:  # ZeRO-3 moves what it shards
-            model = build_model(_without_weights(config.model), job.parts, precision(config), job.ds_config)
+            model = build_model(_without_weights(config.llava), job.parts, precision(config), job.ds_config)
         summaries, groups = prepare(model, config, job.parts)
         optimizer = make_optimizer(groups, config, stage)
         _mark_updates(optimizer, count, one_kernel=job.target == "cuda")
@@ -188,7 +188,7 @@ def _apply(module: nn.Module, function: Any, recurse: bool = True) -> nn.Module:
     return module
 
 
-def _without_weights(model: Model) -> Model:
+def _without_weights(model: Llava) -> Llava:
     """The same shapes from scratch: what a pretrained backbone holds is of no interest."""
     origin = {"path": None, "config": {"model_type": ""}}
     parts = {name: getattr(model, name).model_copy(update=origin) for name in ("vision_tower", "language_model")}

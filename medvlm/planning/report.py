@@ -10,8 +10,9 @@ from rich.table import Table
 from medvlm.config.schema import RunConfig
 from medvlm.data.loader import MicroBatches
 from medvlm.errors import UserError
-from medvlm.models.build import Components, build_components
+from medvlm.models.build import Components
 from medvlm.planning.plan import GIB, SLACK, Machine, Option, Plan, make_plan
+from medvlm.training.families import family_of
 
 
 def plan(config: RunConfig, machine: Machine, tokens: int | None, images: int | None, as_json: bool) -> None:
@@ -27,7 +28,7 @@ def plan(config: RunConfig, machine: Machine, tokens: int | None, images: int | 
 def components(config: RunConfig) -> Components:
     """Configurations and tokenizer, never weights."""
     try:
-        return build_components(config.model)
+        return family_of(config.model).components(config)
     except UserError as error:
         if "cannot load" not in str(error):
             raise

@@ -8,47 +8,23 @@ from rich.console import Console
 from rich.table import Table
 
 from medvlm.config.schema import Data, RunConfig
-from medvlm.data.augment import Augment
-from medvlm.data.cache import Cache
-from medvlm.data.conversation import IGNORE, ConversationEncoder
-from medvlm.data.images import ImageTransform
+from medvlm.data.conversation import IGNORE
 from medvlm.data.lengths import cache_folder, measure_lengths
-from medvlm.data.loader import MicroBatches, SampleEncoder
+from medvlm.data.loader import MicroBatches
 from medvlm.data.order import Order, Stage, temperature_weights
 from medvlm.data.packing import Packing
 from medvlm.data.plan import Lengths, Plan
 from medvlm.data.shard_set import expand
-from medvlm.data.shards import ShardReader
-from medvlm.data.storage import is_url
-from medvlm.data.volume_slices import VolumeSlices
 from medvlm.errors import UserError
-from medvlm.models.build import Components, build_components
+from medvlm.training.families import family_of
 
 
-def make_dataset(config: RunConfig, parts: Components, paths: list[str], *, training: bool) -> MicroBatches:
-    data = config.data
-    augment = Augment(**data.augment.model_dump())
-    encoder = SampleEncoder(
-        ConversationEncoder(parts.tokenizer, parts.chat_template, parts.image_tokens),
-        ImageTransform(parts.processor.image_processor),
-        data.max_length,
-        shuffle=training and data.shuffle_turns,
-        augment=augment if training and augment.active else None,
-        slices=VolumeSlices(data.volume_slices, data.volume_window) if data.volume_slices else None,
-        seed=config.run.seed,
-    )
-    padding_free = data.padding_free or (training and data.packing is not None)
-    return MicroBatches(open_shards(data, paths), encoder, parts.tokenizer.pad_token_id, parts.image_size, padding_free)
-
-
-def open_shards(data: Data, paths: list[str]) -> ShardReader:
-    """Remote shards go through a cache of ``data.cache_gib`` in ``data.cache_dir``."""
-    remote = any(is_url(path) for path in expand(paths))
-    return ShardReader(paths, Cache(cache_folder(data.cache_dir), int(data.cache_gib * 2**30)) if remote else None)
-
-
-def training_data(config: RunConfig, parts: Components) -> MicroBatches:
+def training_data(config: RunConfig, parts: Any) -> MicroBatches:
     return make_dataset(config, parts, [s.path for s in config.data.sources], training=True)
+
+
+def make_dataset(config: RunConfig, parts: Any, paths: list[str], *, training: bool) -> MicroBatches:
+    return family_of(config.model).dataset(config, parts, paths, training=training)
 
 
 def accumulation_steps(config: RunConfig, world: int) -> int:
@@ -121,7 +97,7 @@ def _stages(data: Data, sources: list[tuple[int, ...]]) -> tuple[Stage, ...]:
 def show_plan(config: RunConfig, world: int, start: int, steps: int, as_json: bool) -> None:
     """Print what each rank is fed in some steps, and how full other capacities would be."""
     accumulation = accumulation_steps(config, world)
-    dataset = training_data(config, build_components(config.model))
+    dataset = training_data(config, family_of(config.model).components(config))
     lengths = count_lengths(config, dataset, progress=not as_json) if needs_lengths(config.data) else None
     plan = make_plan(config, dataset, lengths)
     keys = dataset.reader.keys
@@ -156,7 +132,7 @@ def draw_packs(config: RunConfig, step: int, out: Path) -> str:
 
     if config.data.packing is None:
         raise UserError("data.packing: the recipe packs nothing; add for example data.packing.tokens=4096")
-    dataset = training_data(config, build_components(config.model))
+    dataset = training_data(config, family_of(config.model).components(config))
     lengths = count_lengths(config, dataset, progress=True)
     plan = make_plan(config, dataset, lengths)
     packs = []

@@ -13,8 +13,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from medvlm.models.vision_language_model import PARTS, VisionLanguageModel
-
 CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 CHECKPOINTED = "GradientCheckpointingLayer"  # of transformers
 
@@ -44,34 +42,35 @@ class Cost:
         return self.model + self.again
 
 
-@dataclass
-class Work:
-    """Of a step, over all ranks: ``pairs`` by attention window (None: no window), see :func:`attended_pairs`."""
+PAIRS = "pairs of tokens"
+Unit = str | tuple[str, int | None]
+"""What a layer's work is proportional to: images, tokens, targets, ..., or `PAIRS` of tokens that attend, by window."""
 
-    tokens: int
-    supervised: int
-    images: int
-    pairs: Mapping[int | None, int]
+
+def work(counts: Mapping[str, int], pairs: Mapping[int | None, int]) -> dict[Unit, int]:
+    """Of a step, over all ranks: ``pairs`` by attention window (None: no window), see :func:`attended_pairs`."""
+    done: dict[Unit, int] = {unit: count for unit, count in counts.items()}
+    return done | {(PAIRS, window): count for window, count in pairs.items()}
 
 
 @dataclass
 class Costs:
-    """By unit: a token and a pair of tokens of the language model, a supervised token of its output layer, an image."""
+    """By part of the model, of a unit of work."""
 
-    token: Cost = field(default_factory=Cost)
-    pair: dict[int | None, Cost] = field(default_factory=dict)
-    supervised: Cost = field(default_factory=Cost)
-    projected_image: Cost = field(default_factory=Cost)
-    image: Cost = field(default_factory=Cost)
+    parts: dict[str, dict[Unit, Cost]] = field(default_factory=dict)
 
-    def of(self, work: Work) -> dict[str, Cost]:
-        """By part of the model."""
-        pairs = sum((cost * work.pairs[window] for window, cost in self.pair.items()), Cost())
-        return {
-            "vision_tower": self.image * work.images,
-            "multi_modal_projector": self.projected_image * work.images,
-            "language_model": self.token * work.tokens + pairs + self.supervised * work.supervised,
+    def add(self, part: str, unit: Unit, cost: Cost) -> None:
+        units = self.parts[part]
+        units[unit] = units.get(unit, Cost()) + cost
+
+    def of(self, done: Mapping[Unit, int], repeated: bool = False) -> dict[str, Cost]:
+        """By part; ``repeated``: all forward passes are made twice, but what is checkpointed thrice."""
+        totals = {
+            part: sum((cost * done[unit] for unit, cost in units.items()), Cost()) for part, units in self.parts.items()
         }
+        if repeated:
+            totals = {part: cost + Cost(again=cost.forward) for part, cost in totals.items()}
+        return totals
 
 
 def attended_pairs(lengths: Iterable[int], window: int | None) -> int:
@@ -93,10 +92,15 @@ def _window(text: Any, layer: int) -> int | None:
 
 @dataclass
 class _Call:
-    """One run of a layer: ``rows`` x ``flops`` forward; backward once for the input, once for the weight, if wanted."""
+    """One run of a layer: ``rows`` x ``flops`` forward; backward once for the input, once for the weight, if wanted.
+
+    ``length`` are the rows that are one sequence.
+    """
 
     module: nn.Module
+    unit: str
     rows: float
+    length: int
     flops: float
     width: int
     to_input: bool
@@ -107,32 +111,44 @@ class CostRecorder:
     """Watches the next forward pass of a model with gradients, once; then ``costs`` says what its units of work cost.
 
     What is frozen, adapted or checkpointed is seen as it runs: a layer has an activation gradient if its input requires
-    one, a weight gradient if its weight does. ``unused`` names vision parameters that no feature depends on.
+    one, a weight gradient if its weight does. ``unused`` names, by part, parameters that no output depends on;
+    ``unit`` says what a layer's work is counted by, as `Family.unit`.
     """
 
-    def __init__(self, model: VisionLanguageModel, unused: Iterable[str] = ()):
-        self.model, self.costs = model, Costs()
+    def __init__(
+        self, model: nn.Module, names: Iterable[str], unit: Callable[..., str], unused: Mapping[str, set[str]]
+    ):
+        self.model, self.unit = model, unit
+        self.costs = Costs({name: {} for name in names})
         self.done = False
         self.images = 1
-        self.calls: dict[str, list[_Call]] = {part: [] for part in PARTS}
-        self.head = set(model.language_model.get_output_embeddings().modules())
-        idle = {name.rsplit(".", 1)[0] for name in unused}
-        self.handles = [model.vision_tower.register_forward_pre_hook(self._count_images)]
-        for part in PARTS:
+        self.calls: dict[str, list[_Call]] = {part: [] for part in self.costs.parts}
+        self.handles = [model.register_forward_pre_hook(self._count_images, with_kwargs=True)]
+        for part in self.calls:
+            idle = {name.rsplit(".", 1)[0] for name in unused.get(part, ())}
             for name, module in getattr(model, part).named_modules():
                 flops = _flops_of(module)
-                if flops is not None and not (part == "vision_tower" and name in idle):
+                if flops is not None and name not in idle:
                     self.handles.append(module.register_forward_hook(self._recorder(part, flops)))
         self.handles.append(model.register_forward_hook(self._finish))
 
-    def _count_images(self, _: nn.Module, args: tuple[Any, ...]) -> None:
-        self.images = args[0].shape[0]
+    def _count_images(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.images = max(1, kwargs["pixel_values"].shape[0])  # where there is none, a blank one
 
     def _recorder(self, part: str, flops: Callable[[Any], float]) -> Any:
         def record(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
             weight, rows = next(module.parameters(recurse=False)), args[0]
             count = output.numel() / module.out_channels if isinstance(module, CONV) else rows.numel() / rows.shape[-1]
-            call = _Call(module, count, flops(args), rows.shape[-1], rows.requires_grad, weight.requires_grad)
+            call = _Call(
+                module,
+                self.unit(self.model, part, module, rows),
+                count,
+                rows.shape[-2] if rows.dim() > 2 else 1,
+                flops(args),
+                rows.shape[-1],
+                rows.requires_grad,
+                weight.requires_grad,
+            )
             self.calls[part].append(call)
 
         return record
@@ -145,25 +161,18 @@ class CostRecorder:
         for handle in self.handles:
             handle.remove()
         self.done = True
-        costs, language = self.costs, self.model.language_model
-        repeated = {part: self._repeated(part) for part in PARTS}
-        for part, per_image in (("vision_tower", "image"), ("multi_modal_projector", "projected_image")):
+        for part in self.calls:
+            repeated = self._repeated(part)
             for call in self.calls[part]:
-                cost = _layer(call, call.module in repeated[part]) * (call.rows / self.images)
-                setattr(costs, per_image, getattr(costs, per_image) + cost)
-        for call in self.calls["language_model"]:
-            cost = _layer(call, call.module in repeated["language_model"])
-            if call.module in self.head:
-                costs.supervised += cost
-            else:
-                costs.token += cost
-        for _, call in self._attentions("vision_tower"):
-            pairs = (call.rows / self.images) ** 2
-            costs.image += _pair(call, call.module in repeated["vision_tower"]) * pairs
-        for attention, call in self._attentions("language_model"):
-            window = _window(language.config, getattr(attention, "layer_idx", 0))
-            cost = _pair(call, call.module in repeated["language_model"])
-            costs.pair[window] = costs.pair.get(window, Cost()) + cost
+                share = call.rows / self.images if call.unit == "images" else 1.0
+                self.costs.add(part, call.unit, _layer(call, call.module in repeated) * share)
+            for attention, call in self._attentions(part):
+                cost = _pair(call, call.module in repeated)
+                if call.unit == "images":
+                    self.costs.add(part, "images", cost * (call.rows / self.images * call.length))
+                else:
+                    window = _window(getattr(self.model, part).config, getattr(attention, "layer_idx", 0))
+                    self.costs.add(part, (PAIRS, window), cost)
         self.calls.clear()
 
     def _repeated(self, part: str) -> set[nn.Module]:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from medvlm.training import distributed
-from medvlm.training.flops import Cost, CostRecorder, Work, attention_windows
+from medvlm.training.flops import Cost, CostRecorder, attention_windows, work
 from medvlm.training.meters import peak_memory_gib
 from medvlm.training.peak import peak_of
 from medvlm.training.setup import Session, precision
@@ -24,7 +24,9 @@ class Gauges:
         self.phases = Timer(self.device)
         self.communication = CommunicationTimer(self.device)
         self.windows = attention_windows(session.parts.text_config)
-        self.recorder = CostRecorder(session.engine.module, session.parts.unused_vision_parameters)
+        family, parts = session.family, session.config.model.PARTS
+        self.recorder = CostRecorder(session.engine.module, parts, family.unit, session.parts.unused)
+        self.targets, self.repeated = family.targets, family.repeats(session.accumulation)
         self.peak = peak_of(self.device, precision(session.config))
         self.peak_of_all = sum(flops for (flops,) in distributed.gather_numbers([self.peak.flops]))
         self.starvation = Starvation(session.config.data.workers)
@@ -53,7 +55,13 @@ class Gauges:
         ranks = distributed.gather_numbers(mine)
         slowest, _, _, memory, *_ = (max(column) for column in zip(*ranks, strict=True))
         _, data, communication, _, *by_phase = (sum(column) / len(ranks) for column in zip(*ranks, strict=True))
-        costs = self.recorder.costs.of(Work(counts.tokens, counts.supervised, counts.images, counts.pairs))
+        units = {
+            "images": counts.images,
+            "tokens": counts.tokens,
+            "targets": counts.targets,
+            **counts.more,
+        }
+        costs = self.recorder.costs.of(work(units, counts.pairs), self.repeated)
         total = sum(costs.values(), Cost())
         warning = self.starvation.warning(step, data, slowest)
         if warning and distributed.rank() == 0:
@@ -65,7 +73,7 @@ class Gauges:
             "phase_seconds": {**spent, "other": slowest - sum(spent.values())},
             "communication_seconds": communication,
             "tokens_per_second": counts.tokens / slowest,
-            "supervised_tokens_per_second": counts.supervised / slowest,
+            f"{self.targets}_per_second": counts.targets / slowest,
             "images_per_second": counts.images / slowest,
             "model_tflop": {part: cost.model / 1e12 for part, cost in costs.items()},
             "mfu": total.model / slowest / self.peak_of_all,

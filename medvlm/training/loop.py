@@ -14,8 +14,9 @@ from medvlm.training.gauges import Gauges
 from medvlm.training.guard import Guard
 from medvlm.training.lifecycle import announced
 from medvlm.training.meters import Meters, print_parts
+from medvlm.training.reading import read
 from medvlm.training.setup import Session, make_saver, start, write_run_files
-from medvlm.training.step import Quarantine, batches_from, exchange_counts, read, record, update
+from medvlm.training.step import Quarantine, batches_from, exchange_counts, record, update
 from medvlm.training.trace import Trace
 from medvlm.training.trackers import Trackers
 
@@ -116,7 +117,8 @@ def _advance(session: Session, parts: Parts, last: int) -> None:
             data_seconds = time.perf_counter() - started
             watch.enter("exchange of counts", step + 1, tuple(keys))
             copies = session.config.training.sequence_parallel
-            counts = exchange_counts(batches, trouble, parts.saver.ready, parts.gauges.windows, copies)
+            more = session.family.counted
+            counts = exchange_counts(batches, trouble, parts.saver.ready, parts.gauges.windows, copies, more)
             if counts.written == distributed.world_size():
                 parts.saver.finish()
             parts.quarantine.check(step, batches, counts, len(numbers))
@@ -141,7 +143,7 @@ def _advance(session: Session, parts: Parts, last: int) -> None:
 
 
 def _evaluate(session: Session, parts: Parts) -> None:
-    parts.write({"step": session.step, "eval_loss": validation.evaluation_loss(session)})
+    parts.write({"step": session.step, **session.family.validate(session)})
 
 
 def _roll_back(session: Session, parts: Parts, back: Path) -> None:

@@ -72,7 +72,7 @@ def bound(config: RunConfig, parts: Components, ds_config: dict[str, Any], world
         parameters = layers * (4 * width * width + 3 * width * inner) + 2 * vocabulary * width
         # whole and sharded copies, gradients, master weights and two states of Adam, temporary ones of its update
         state += parameters * (2 * size + (2 * size + 24) // shards)
-        plain = 3 * values.num_attention_heads * tokens if config.model.attention == "eager" else 0
+        plain = 3 * values.num_attention_heads * tokens if config.llava.attention == "eager" else 0
         activations += count * size * layers * (30 * width + 8 * inner + plain) + count * vocabulary * 16
     buckets = 2 * 500_000_000 * size if torch.cuda.is_available() else 0
     return 2**30 + state + activations + buckets

@@ -1,6 +1,5 @@
 """Which parameters are updated how: groups by part, kind and depth, and the optimizer for them."""
 
-import re
 from typing import Any
 
 import torch
@@ -9,13 +8,11 @@ from torch import nn
 from medvlm.config.model import Backbone
 from medvlm.config.schema import RunConfig
 from medvlm.errors import UserError
-from medvlm.models.trainable import part_config, part_parameters
+from medvlm.models.trainable import layer_depths, part_config, part_parameters
 from medvlm.training.adamw_8bit import AdamW8bit
 from medvlm.training.ema import keep_average
 from medvlm.training.lion import Lion
 from medvlm.training.schedule import Rate, warmup_steps
-
-BLOCK = re.compile(r"(?:^|\.)(?:layers|layer|h|blocks)\.(\d+)\.")
 
 
 def parameter_groups(model: nn.Module, config: RunConfig) -> list[dict[str, Any]]:
@@ -55,20 +52,14 @@ def parameter_groups(model: nn.Module, config: RunConfig) -> list[dict[str, Any]
 
 
 def layer_factors(model: nn.Module, config: RunConfig, part: str) -> dict[str, float]:
-    """By parameter of a part: layer_decay to the power of the layers above it (BEiT, Bao et al., arXiv 2106.08254).
-
-    What comes before the blocks (embeddings) counts as the layer below the first, what comes after as the one above
-    the last, by the order in which the model registers them.
-    """
+    """By parameter of a part: layer_decay to the power of the layers above it (BEiT, Bao et al., arXiv 2106.08254)."""
     names = list(part_parameters(model, part))
     section = part_config(config.model, part)
     decay = section.layer_decay if isinstance(section, Backbone) else 1.0
-    blocks = {name: int(found[1]) for name in names if (found := BLOCK.search(name))}
-    if decay == 1.0 or not blocks:
+    depths = layer_depths(names)
+    if decay == 1.0 or not depths:
         return dict.fromkeys(names, 1.0)
-    top = max(blocks.values()) + 2
-    first = names.index(next(iter(blocks)))
-    depths = {n: blocks[n] + 1 if n in blocks else (0 if names.index(n) < first else top) for n in names}
+    top = max(depths.values())
     return {name: decay ** (top - depth) for name, depth in depths.items()}
 
 

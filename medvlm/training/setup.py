@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
+from torch import nn
 
 from medvlm.config.changes import check_changes
 from medvlm.config.load import deepspeed_config_path
@@ -15,17 +16,15 @@ from medvlm.config.schema import RunConfig
 from medvlm.data.loader import MicroBatches
 from medvlm.data.plan import Lengths, Plan
 from medvlm.errors import UserError
-from medvlm.models.build import Components, build_components, build_model
 from medvlm.models.layers import compile_layers
 from medvlm.models.lora import add_adapters
 from medvlm.models.sequence_parallel import SequenceParallel
-from medvlm.models.trainable import PartSummary, apply_trainable
-from medvlm.models.vision_language_model import VisionLanguageModel
+from medvlm.models.trainable import PartSummary, apply_trainable, backbones
 from medvlm.training import checkpoint, distributed, lifecycle, trackers, watch
 from medvlm.training.engine import forget_first_step, lift_scalars, one_secondary_group
+from medvlm.training.families import Family, family_of
 from medvlm.training.feed import accumulation_steps, count_lengths, make_plan, needs_lengths, training_data
 from medvlm.training.guard import Gate
-from medvlm.training.memory import check_memory
 from medvlm.training.optimizer import make_optimizer, parameter_groups, rates
 from medvlm.training.run_lock import lock_run
 from medvlm.training.schedule import Rate
@@ -36,7 +35,9 @@ class Session:
     """What :func:`start` makes. ``step`` counts the updates made so far."""
 
     config: RunConfig
-    parts: Components
+    family: Family
+    parts: Any
+    """What the family builds before the weights: tokenizer, image processor, configurations."""
     data: MicroBatches
     plan: Plan
     engine: Any
@@ -88,12 +89,13 @@ def start(config: RunConfig, allow_change: bool = False) -> Session:
         if changes and distributed.rank() == 0:
             print(f"changed since {found.name}: {'; '.join(changes)}", flush=True)
 
-    parts = build_components(config.model)
+    family = family_of(config.model)
+    parts = family.components(config)
     data = training_data(config, parts)
     plan = make_plan(config, data, lengths_for_all_ranks(config, data))
-    check_memory(config, parts, data, ds_config)
+    family.check_memory(config, parts, data, ds_config)
     with one_secondary_group():
-        model = build_model(config.model, parts, precision(config), ds_config, config.run.seed)
+        model = family.build(config, parts, precision(config), ds_config)
     if config.model.init_from and not found:
         source = checkpoint.newest(Path(config.model.init_from))
         weights = checkpoint.StockWeights(checkpoint.consolidate(source), merge=True)
@@ -101,7 +103,7 @@ def start(config: RunConfig, allow_change: bool = False) -> Session:
     summaries, groups = prepare(model, config, parts)
     if config.training.sequence_parallel > 1:
         model.sequence_parallel = SequenceParallel(config.training.sequence_parallel)
-        line = model.sequence_parallel.attach(model.language_model, config.model.attention)
+        line = model.sequence_parallel.attach(model.language_model, config.llava.attention)
         model.choices = (*model.choices, line)
     stage = ds_config["zero_optimization"]["stage"]
     owners = {id(p): group["name"] for group in groups for p in group["params"]}
@@ -111,15 +113,16 @@ def start(config: RunConfig, allow_change: bool = False) -> Session:
     engine, optimizer, *_ = distributed.deepspeed.initialize(model=model, optimizer=given, config=ds_config)
     forget_first_step(engine)
     if config.training.compile:
-        compile_layers([model.vision_tower, model.language_model], config.training.compile)
+        compile_layers([getattr(model, part) for part in backbones(config.model)], config.training.compile)
     manifest = {
-        **checkpoint.identity(engine, config.model, parts.vocabulary_grown),
+        **checkpoint.identity(engine, config.model, getattr(parts, "vocabulary_grown", False)),
         "bf16": precision(config) == torch.bfloat16,
         "order": plan.hash,
         "config": config.model_dump(mode="json"),
     }
     return Session(
         config=config,
+        family=family,
         parts=parts,
         data=data,
         plan=plan,
@@ -137,11 +140,11 @@ def start(config: RunConfig, allow_change: bool = False) -> Session:
     )
 
 
-def prepare(model: VisionLanguageModel, config: RunConfig, parts: Components) -> tuple[list[PartSummary], list[dict]]:
+def prepare(model: nn.Module, config: RunConfig, parts: Any) -> tuple[list[PartSummary], list[dict]]:
     """Adapters on, the rest frozen as the recipe says; returns that in numbers, and the optimizer's groups."""
-    add_adapters(model, config.model, parts.unused_vision_parameters, config.run.seed)
+    add_adapters(model, config.model, parts.unused, config.run.seed)
     lift_scalars(model)
-    summaries = apply_trainable(model, config.model, parts.unused_vision_parameters)
+    summaries = apply_trainable(model, config.model, parts.unused)
     return summaries, parameter_groups(model, config)
 
 
@@ -226,4 +229,4 @@ def write_run_files(session: Session) -> None:
     lifecycle.running(session.config, session.step, session.total)
     values = session.config.model_dump(mode="json")
     (session.run / "config.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
-    session.parts.processor.save_pretrained(session.run / "processor")
+    session.family.save_processor(session.parts, session.run / "processor")

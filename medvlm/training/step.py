@@ -2,21 +2,21 @@
 
 import json
 import math
-import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from medvlm.data.loader import Batch, load_batches
+from medvlm.data.loader import load_batches
 from medvlm.data.order import digest
 from medvlm.data.plan import Draw
-from medvlm.errors import UserError
 from medvlm.models.trainable import part_config
 from medvlm.training import distributed
 from medvlm.training.boundary import Stop, sum_and_agree
+from medvlm.training.families import Pass
+from medvlm.training.families.base import Phase
 from medvlm.training.flops import attended_pairs
 from medvlm.training.gradients import clip_parts, part_norms
 from medvlm.training.guard import Guard, Verdict
@@ -27,18 +27,19 @@ from medvlm.training.setup import Session
 @dataclass
 class Counts:
     """Of a step's batches, summed over ranks. ``written`` is the number of ranks whose part of a pending checkpoint is
-    on the disk, ``pairs`` of tokens that attend, by window."""
+    on the disk, ``pairs`` of tokens that attend, by window; ``more`` what the family counts besides."""
 
-    supervised: int
+    targets: int
     tokens: int
     slots: int
     images: int
     quarantined: int
     written: int
     pairs: dict[int | None, int]
+    more: dict[str, int] = field(default_factory=dict)
 
 
-def batches_from(session: Session, steps: Iterable[int]) -> Iterator[Batch]:
+def batches_from(session: Session, steps: Iterable[int]) -> Iterator[Any]:
     """This rank's micro-batches of the steps, read ahead by the loader's workers."""
     training, workers = session.config.training, session.config.data.workers
     rank, world = distributed.data_place(training.sequence_parallel)
@@ -52,49 +53,37 @@ def batches_from(session: Session, steps: Iterable[int]) -> Iterator[Batch]:
     return load_batches(session.data, work(), workers, training.collective_timeout / 2)
 
 
-def read(loader: Iterator[Batch], count: int) -> tuple[list[Batch], str | None]:
-    """The next batches, fewer where the storage fails (or a worker does), and then the reason."""
-    batches: list[Batch] = []
-    try:
-        while len(batches) < count:
-            batches.append(next(loader))
-    except (UserError, OSError, RuntimeError) as error:
-        return batches, reason_of(error)
-    return batches, None
-
-
-def reason_of(error: Exception) -> str:
-    """An error's sentence, also where it comes from a worker with a traceback around it."""
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    kind, text = type(error).__name__, lines[-1] if lines else ""
-    if isinstance(error, UserError):
-        return re.sub(r"^[\w.]+Error: ", "", text)
-    return f"{kind}: {text}"
-
-
 def exchange_counts(
-    batches: Sequence[Batch], trouble: str | None, written: bool, windows: Sequence[int | None] = (), copies: int = 1
+    batches: Sequence[Any],
+    trouble: str | None,
+    written: bool,
+    windows: Sequence[int | None] = (),
+    copies: int = 1,
+    more: Sequence[str] = (),
 ) -> Counts:
-    """What a step exchanges before its forward pass: the tokens its loss is divided by, who has trouble or got a signal
+    """What a step exchanges before its forward pass: what its loss is divided by, who has trouble or got a signal
     (raises `boundary.Stop`), who has written its part of a checkpoint.
 
     ``copies`` of every batch are counted: the ranks that share sequences hold the same.
     """
     values = sum_and_agree(
         [
-            sum(b.supervised_tokens for b in batches),
+            sum(b.targets for b in batches),
             sum(b.tokens for b in batches),
-            sum(b.input_ids.numel() for b in batches),
-            sum(b.pixel_values.shape[0] for b in batches),
+            sum(b.slots for b in batches),
+            sum(b.images for b in batches),
             sum(len(b.quarantined) for b in batches),
             float(written),
+            *(sum(getattr(b, name) for b in batches) for name in more),
             *(sum(attended_pairs(b.lengths, window) for b in batches) for window in windows),
         ],
         trouble,
     )
-    supervised, tokens, slots, images, quarantined, _, *pairs = (int(value) // copies for value in values)
-    done = int(values[5])
-    return Counts(supervised, tokens, slots, images, quarantined, done, dict(zip(windows, pairs, strict=True)))
+    targets, tokens, slots, images, quarantined, _, *rest = (int(value) // copies for value in values)
+    pairs = dict(zip(windows, rest[len(more) :], strict=True))
+    return Counts(
+        targets, tokens, slots, images, quarantined, int(values[5]), pairs, dict(zip(more, rest, strict=False))
+    )
 
 
 class Quarantine:
@@ -102,19 +91,20 @@ class Quarantine:
 
     def __init__(self, session: Session):
         self.run, self.limit = session.run, session.config.data.max_quarantined
+        self.targets = session.family.targets.replace("_", " ")
         self.seen = self.quarantined = 0
 
-    def check(self, step: int, batches: Sequence[Batch], counts: Counts, samples: int) -> None:
+    def check(self, step: int, batches: Sequence[Any], counts: Counts, samples: int) -> None:
         rows = [{"step": step + 1, "key": key, "reason": reason} for b in batches for key, reason in b.quarantined]
         if rows:
             with (self.run / f"quarantine-rank{distributed.rank()}.jsonl").open("a") as file:
                 file.writelines(json.dumps(row) + "\n" for row in rows)
         self.seen, self.quarantined = self.seen + samples, self.quarantined + counts.quarantined
         # a share of few samples says little, so the first hundred are let pass, unless nothing is left of them
-        if self.quarantined > self.limit * max(self.seen, 100) or not counts.supervised:
+        if self.quarantined > self.limit * max(self.seen, 100) or not counts.targets:
             raise Stop(
-                f"step {step + 1}: {self.quarantined} of {self.seen} samples were quarantined, {counts.supervised} "
-                f"supervised tokens are left in this batch; data.max_quarantined is {self.limit}, the "
+                f"step {step + 1}: {self.quarantined} of {self.seen} samples were quarantined, {counts.targets} "
+                f"{self.targets} are left in this batch; data.max_quarantined is {self.limit}, the "
                 f"reasons are in {self.run}/quarantine-rank*.jsonl"
             )
 
@@ -122,10 +112,10 @@ class Quarantine:
 def update(
     session: Session,
     step: int,
-    batches: Sequence[Batch],
+    batches: Sequence[Any],
     counts: Counts,
     guard: Guard,
-    phase: Callable[[str], AbstractContextManager[Any]] = nullcontext,
+    phase: Phase = nullcontext,
 ) -> tuple[dict[str, Any], Verdict | None, list[str]]:
     """Train on the step's batches, unless the guard refuses.
 
@@ -137,20 +127,11 @@ def update(
     rates = learning_rates(step, session.total, session.rates, training)
     for group, rate in zip(session.optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
-    torch.manual_seed((session.config.run.seed * 1_000_003 + step) * 65_537 + distributed.rank())
-    losses = []
-    for n, batch in enumerate(batches):
-        with phase("forward"):
-            loss = engine(**batch.inputs(device))
-        # DeepSpeed divides by the accumulation steps and averages over ranks: undo both, then divide by the
-        # global count, so that every supervised token weighs the same.
-        with phase("backward"):
-            engine.backward(loss * (world * session.accumulation / counts.supervised))
-        losses.append(loss.detach())
-        if n + 1 < session.accumulation:
-            engine.step()
-    mine = torch.stack(losses).double().tolist()
-    mean_loss = distributed.sum_over_ranks([sum(mine)])[0] / counts.supervised
+    seed = (session.config.run.seed * 1_000_003 + step) * 65_537 + distributed.rank()
+    given = Pass(session.config, engine, device, counts.targets, counts.more, world, session.accumulation, seed, phase)
+    outcome = session.family.passes(given, batches)
+    shares = torch.stack([outcome.share, *outcome.components.values()]).double().tolist()
+    mean_loss, *components = distributed.sum_over_ranks(shares)
     with phase("optimizer"):
         parts = {part: value for part, value in clip_by_part(session).items() if math.isfinite(value)}
         known_norm = _plain_grad_norm(engine) if session.stage == 0 else None
@@ -158,12 +139,14 @@ def update(
     values: dict[str, Any] = {"loss": mean_loss, "grad_norm": norm}
     values = {name: value for name, value in values.items() if math.isfinite(value)}  # JSON has no NaN
     values |= {"grad_norms": parts} if parts else {}
+    values |= {"losses": dict(zip(outcome.components, components, strict=True))} if components else {}
+    values |= outcome.values
     values["lr"] = by_part(session.rates, rates)
     if verdict:
         values["spike" if verdict.action == "warn" else "skipped"] = verdict.reason
     if not verdict or verdict.action == "warn":
         guard.history.append((mean_loss, norm))
-    suspects = [key for b, loss in zip(batches, mine, strict=True) if not math.isfinite(loss) for key in b.keys]
+    suspects = [key for b, finite in zip(batches, outcome.finite, strict=True) if not finite for key in b.keys]
     return values, verdict, suspects
 
 
@@ -184,7 +167,8 @@ def record(session: Session, counts: Counts, packs: int, keys: Sequence[str]) ->
     packing = session.plan.packing
     return {
         "tokens": counts.tokens,
-        "supervised_tokens": counts.supervised,
+        session.family.targets: counts.targets,
+        **counts.more,
         "samples": len(keys),
         "padding_share": 1 - counts.tokens / (packs * packing.tokens if packing else counts.slots),
         "images": counts.images,
