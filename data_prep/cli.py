@@ -19,7 +19,7 @@ from medvlm.errors import UserError
 
 CONVERTERS = (
     *("mimic_cxr", "chexpert", "iu_xray", "ct_rate", "generic", "rocov2", "pmc_oa", "pmc_vqa", "llava_med"),
-    *("vqa_rad", "slake", "path_vqa", "vqa_med", "radfm"),
+    *("vqa_rad", "slake", "path_vqa", "vqa_med", "radfm", "covid_cxr"),
 )
 # Commands whose modules are heavy: name -> module, function, help.
 COMMANDS = {

@@ -239,7 +239,7 @@ def test_images_with_labels_alone_are_verified_counted_and_shown(tmp_path, capsy
     tar = write_shards([item("a", messages=[]), item("b")], tmp_path / "train", "demo")[0]
     assert reasons(tar) == ""
     (row,) = stats(tar)
-    assert (row["images_only"], row["text_only"], row["reports"], row["questions"]) == (1, 0, 0, 1)
+    assert (row["no_text"], row["reports"], row["questions"]) == (1, 0, 1)
     assert (row["labels"]["Edema"]["uncertain"], row["characters"]["min"]) == (2, 0)
     show(tar, "a")
     assert "label Edema: uncertain" in capsys.readouterr().out

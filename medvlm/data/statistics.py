@@ -31,15 +31,7 @@ AT_LEAST = 1000  # of each source and split, so that small ones are seen
 QUANTILES = {"min": 0.0, "median": 0.5, "p95": 0.95, "max": 1.0}
 LABEL_VALUES = {1: "positive", 0: "negative", -1: "uncertain"}
 COUNTED = ("samples", "images", "volumes", "questions", "groups")  # columns of a row that the index knows
-PARSED = (
-    "synthetic",
-    "closed",
-    "open",
-    "reports",
-    "images_only",
-    "text_only",
-    "patients",
-)  # and those that need the JSON
+PARSED = ("synthetic", "closed", "open", "reports", "no_text", "patients")  # and those that need the JSON
 
 
 @dataclass
@@ -153,8 +145,7 @@ def _count(sample: Sample, row: dict[str, Any]) -> None:
     row["closed"] += sum(m.answer_type == "closed" for m in answers)
     row["open"] += sum(m.answer_type == "open" for m in answers)
     row["reports"] += sample.has_report
-    row["images_only"] += not (sample.messages or sample.has_report)
-    row["text_only"] += not sample.images
+    row["no_text"] += not (sample.messages or sample.has_report)
     for label, value in sample.labels.items():
         if value is not None:
             counts = row["labels"].setdefault(label, dict.fromkeys(LABEL_VALUES.values(), 0))
