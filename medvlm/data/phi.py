@@ -267,7 +267,7 @@ _TITLES = _words("dr drs mr mrs ms prof st vs cf fig figs approx e.g i.e eg ie c
 _MAYBE = _words("a.m p.m am pm etc jr sr inc m.d ph.d no nos")
 
 
-def _sentences(text: str) -> Iterator[str]:
+def sentences(text: str) -> Iterator[str]:
     """Pieces that join to the text. In doubt two sentences stay one, so that a mask takes its whole context along."""
     start = 0
     for match in _END.finditer(text):
@@ -294,4 +294,4 @@ def drop_masked_sentences(text: str, mask: str = "___") -> str:
 
     Lines may be wrapped; blank lines, list entries and rules of underscores end a sentence too.
     """
-    return "".join(s for s in _sentences(text) if mask not in s).strip()
+    return "".join(s for s in sentences(text) if mask not in s).strip()
