@@ -24,7 +24,7 @@ CONVERTERS = (
 # Commands whose modules are heavy: name -> module, function, help.
 COMMANDS = {
     "phantom": ("data_prep.phantom", "prepare", "Draw synthetic chest radiographs with reports, boxes and questions."),
-    "tokenizer": ("data_prep.tokenizer", "prepare", "Train a SentencePiece tokenizer."),
+    "tokenizer": ("data_prep.tokenizer", "prepare", "Train a SentencePiece or WordPiece tokenizer."),
     "deidentify": ("data_prep.deidentify", "prepare", "Write DICOM files without identifiers, and audit the result."),
 }
 PANEL = "Pipeline"

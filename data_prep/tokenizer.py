@@ -1,7 +1,8 @@
-"""Train a SentencePiece tokenizer and save it as a Hugging Face folder, with ``<image>`` and a short chat template.
+"""Train a tokenizer and save it as a Hugging Face folder: SentencePiece for a language model, WordPiece for a BERT.
 
-Text survives exactly: no normalisation, no dummy space in front, unknown characters as bytes. (One exception that is
-SentencePiece's own: a literal U+2581 comes back as a space.)
+SentencePiece comes with ``<image>`` and a short chat template. Its text survives exactly: no normalisation, no dummy
+space in front, unknown characters as bytes. (One exception that is SentencePiece's own: a literal U+2581 comes back as
+a space.)
 """
 
 import io
@@ -10,18 +11,20 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import sentencepiece
 import typer
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from transformers import BertTokenizer, PreTrainedTokenizerFast
 
 from medvlm.data.schema import IMAGE_MARK
 from medvlm.data.shards import ShardReader
 from medvlm.errors import UserError
 
+Kind = Literal["sentencepiece", "wordpiece"]
 SPECIAL = ("<unk>", "<s>", "</s>", "<pad>", IMAGE_MARK)  # ids 0 to 4
+BERT_SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]  # ids 0 to 4
 # No role names: a question ends with a line break, an answer with </s>, and an image is "<image>" and a line break.
 CHAT_TEMPLATE = (
     "{%- for message in messages -%}{%- set text = namespace(value='') -%}"
@@ -59,9 +62,10 @@ def file_texts(paths: Sequence[Path]) -> Iterator[str]:
             raise UserError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
 
 
-def train_sentencepiece(corpus: Iterable[str], vocab_size: int) -> bytes:
+def train_sentencepiece(corpus: Iterable[str], vocab_size: int, **options: Any) -> bytes:
     """A byte-pair SentencePiece model (``tokenizer.model``); the same corpus gives the same bytes.
 
+    Digits are pieces of their own ("12.5 cm" is read digit by digit), unless ``options`` of the trainer say otherwise.
     Raises UserError where the corpus is empty or does not support ``vocab_size``, with the size that works.
     """
     # SentencePiece takes a line at a time; images and line breaks never lie inside a piece.
@@ -73,10 +77,7 @@ def train_sentencepiece(corpus: Iterable[str], vocab_size: int) -> bytes:
             model_writer=model,
             model_type="bpe",
             vocab_size=vocab_size,
-            byte_fallback=True,
-            split_digits=True,  # "12.5 cm" is read digit by digit
             normalization_rule_name="identity",
-            add_dummy_prefix=False,
             remove_extra_whitespaces=False,
             max_sentence_length=1 << 24,  # bytes; longer lines would be skipped
             unk_id=0,
@@ -86,6 +87,7 @@ def train_sentencepiece(corpus: Iterable[str], vocab_size: int) -> bytes:
             user_defined_symbols=[IMAGE_MARK],
             num_threads=1,
             minloglevel=2,
+            **{"byte_fallback": True, "split_digits": True, "add_dummy_prefix": False} | options,
         )
     except RuntimeError as error:
         raise UserError(_explain(str(error), vocab_size)) from error
@@ -151,14 +153,40 @@ def build(corpus: Iterable[str], out: Path, vocab_size: int = 8000) -> PreTraine
     return tokenizer
 
 
+def build_wordpiece(corpus: Iterable[str], out: Path, vocab_size: int = 8000) -> BertTokenizer:
+    """A BERT tokenizer, in lower case, trained on ``corpus`` and written to the folder.
+
+    Its pieces are those that SentencePiece's byte-pair training finds in BERT's words, since tokenizers' own trainer
+    gives another vocabulary each time. Raises UserError as `train_sentencepiece`.
+    """
+    normalizer, splitter = normalizers.BertNormalizer(lowercase=True), pre_tokenizers.BertPreTokenizer()
+    texts = (normalizer.normalize_str(text.replace(IMAGE_MARK, " ")) for text in corpus)
+    words = [" ".join(word for word, _ in splitter.pre_tokenize_str(text)) for text in texts]
+    model = train_sentencepiece(words, vocab_size, byte_fallback=False, add_dummy_prefix=True, split_digits=False)
+    spm = sentencepiece.SentencePieceProcessor(model_proto=model)
+    found = [spm.id_to_piece(i) for i in range(spm.get_piece_size()) if not (spm.is_control(i) or spm.is_unknown(i))]
+    pieces = [piece[1:] if piece[0] == "▁" else f"##{piece}" for piece in found if piece not in ("▁", IMAGE_MARK)]
+    # every character, so that no word is unknown
+    characters = [prefix + c for c in sorted(set("".join(words)) - {" "}) for prefix in ("", "##")]
+    every = dict.fromkeys([*BERT_SPECIAL, *characters, *pieces])
+    tokenizer = BertTokenizer(vocab={piece: i for i, piece in enumerate(list(every)[:vocab_size])}, do_lower_case=True)
+    out.mkdir(parents=True, exist_ok=True)
+    tokenizer.save_pretrained(str(out))
+    return tokenizer
+
+
 def train_tokenizer_folder(
-    out: Path, shards: Sequence[Path] = (), text: Sequence[Path] = (), vocab_size: int = 8000
+    out: Path,
+    shards: Sequence[Path] = (),
+    text: Sequence[Path] = (),
+    vocab_size: int = 8000,
+    kind: Kind = "sentencepiece",
 ) -> dict[str, Any]:
     """Train on the text of shards and files; returns the figures that `prepare` prints."""
     if not shards and not text:
         raise UserError("nothing to learn from: give --shards, --text, or both")
     texts = [*(shard_texts(shards) if shards else ()), *file_texts(text)]
-    tokenizer = build(texts, out, vocab_size)
+    tokenizer = build(texts, out, vocab_size) if kind == "sentencepiece" else build_wordpiece(texts, out, vocab_size)
     return {
         "folder": str(out),
         "vocab_size": len(tokenizer),
@@ -173,10 +201,13 @@ def prepare(
     shards: Annotated[list[Path] | None, typer.Option(help="Shards, or folders of them, to learn from.")] = None,
     text: Annotated[list[Path] | None, typer.Option(help="UTF-8 text files to learn from.")] = None,
     vocab_size: Annotated[int, typer.Option(help="Number of tokens, the special and byte tokens included.")] = 8000,
+    kind: Annotated[
+        Kind, typer.Option(help="sentencepiece for a language model, wordpiece for a BERT.")
+    ] = "sentencepiece",
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
 ) -> None:
     """Train a tokenizer on the text of shards and files."""
-    report = train_tokenizer_folder(out, shards or (), text or (), vocab_size)
+    report = train_tokenizer_folder(out, shards or (), text or (), vocab_size, kind)
     if as_json:
         print(json.dumps(report, indent=2))
         return

@@ -155,3 +155,25 @@ def test_the_command_reports_and_refuses(tmp_path):
         train_tokenizer_folder(tmp_path / "none", text=[latin])
     with pytest.raises(UserError, match="no such file"):
         train_tokenizer_folder(tmp_path / "none", text=[tmp_path / "absent.txt"])
+
+
+def test_a_wordpiece_vocabulary_is_of_a_bert_and_always_the_same(tmp_path):
+    (tmp_path / "corpus.txt").write_text("\n".join(corpus()))
+    for name in "ab":
+        text = [tmp_path / "corpus.txt"]
+        report = train_tokenizer_folder(tmp_path / name, text=text, vocab_size=140, kind="wordpiece")
+        assert report["vocab_size"] == 140
+    files = [{p.name: p.read_bytes() for p in (tmp_path / name).iterdir()} for name in "ab"]
+    assert files[0] == files[1]
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "a")
+    ids = tokenizer("No effusion.")["input_ids"]
+    assert tokenizer.convert_ids_to_tokens(ids) == ["[CLS]", "no", "effusion", ".", "[SEP]"]
+    assert tokenizer.unk_token_id not in tokenizer("stone 53 ion")["input_ids"], "pieces cover the characters"
+    assert [tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.mask_token_id] == [0, 1, 4]
+    with pytest.raises(UserError, match="corpus is empty"):
+        train_tokenizer_folder(tmp_path / "c", text=[write_empty(tmp_path)], kind="wordpiece")
+
+
+def write_empty(folder: Path) -> Path:
+    (folder / "empty.txt").write_text("")
+    return folder / "empty.txt"
