@@ -68,6 +68,9 @@ def items(
     sections: Annotated[
         str, typer.Option(help="What the model learns to write, with commas between.")
     ] = "findings,impression",
+    with_prior: Annotated[
+        bool, typer.Option("--with-prior", help="Add an image of the patient's study before, with role: prior.")
+    ] = False,
     last_paragraph: Annotated[
         bool, typer.Option(help="Use the last paragraph of reports that have neither findings nor impression.")
     ] = True,
@@ -84,6 +87,7 @@ def items(
     position = _positions(pictures)
     table = {} if labels == "none" else _label_table(pictures, labels)
     overrides = _overrides(section_overrides)
+    priors = _priors(pictures, studies, position, views) if with_prior else {}
     for number, study in sorted(studies.items(), key=lambda item: (item[1].subject, item[0])):
         split = SPLIT_OF.get(study.split)
         what = f"p{study.subject}/s{number}"
@@ -108,10 +112,18 @@ def items(
             yield Dropped(what, used, split)
             continue
         indication = indication_of(parsed)
-        base = pictures / "files" / f"p{study.subject[:2]}" / f"p{study.subject}" / f"s{number}"
+        patient = pictures / "files" / f"p{study.subject[:2]}" / f"p{study.subject}"
+        listed = [(number, dicom, "") for dicom in chosen]
+        if number in priors:
+            listed.append((*priors[number], "prior"))
         images = [
-            Source(_relative(base / f"{dicom}.jpg", source), image_id=dicom, view=position.get(dicom) or None)
-            for dicom in chosen
+            Source(
+                _relative(patient / f"s{where}" / f"{dicom}.jpg", source),
+                image_id=dicom,
+                view=position.get(dicom) or None,
+                metadata={"role": role, "study_id": f"s{where}"} if role else {},
+            )
+            for where, dicom, role in listed
         ]
         yield Item(
             {
@@ -193,6 +205,33 @@ def _chosen(images: list[str], position: dict[str, str], views: Views) -> list[s
     kept = {"frontal": FRONTAL, "lateral": LATERAL, "all": None}[views]
     chosen = [i for i in images if kept is None or position.get(i, "") in kept]
     return sorted(chosen, key=lambda i: (rank.get(position.get(i, ""), len(rank)), i))
+
+
+def _priors(
+    root: Path, studies: dict[str, Study], position: dict[str, str], views: Views
+) -> dict[str, tuple[str, str]]:
+    """Study -> the patient's last study before it with a frontal image (lateral if only these are taken), and that
+    image. Dates are shifted, but alike for all studies of a patient."""
+    when: dict[str, tuple[int, float]] = {}
+    for row in read_table(path := _find(root, "metadata"), ("study_id", "StudyDate", "StudyTime")):
+        if row["StudyDate"] and row["StudyTime"]:
+            try:
+                when[row["study_id"]] = (int(row["StudyDate"]), float(row["StudyTime"]))
+            except ValueError:
+                moment = f"{row['StudyDate']} {row['StudyTime']}"
+                raise UserError(f"{path}: study {row['study_id']} has no date and time but {moment!r}") from None
+    priors: dict[str, tuple[str, str]] = {}
+    last: dict[str, list[tuple[tuple[int, float], str, str]]] = {}
+    for number in sorted(when.keys() & studies.keys(), key=lambda n: (when[n], n)):
+        study = studies[number]
+        seen = last.setdefault(study.subject, [])
+        earlier = [entry for entry in seen if entry[0] < when[number]]
+        if earlier:
+            priors[number] = earlier[-1][1:]
+        images = _chosen(study.images, position, "lateral" if views == "lateral" else "frontal")
+        if images and not study.trouble:
+            seen.append((when[number], number, images[0]))
+    return priors
 
 
 def _label_table(root: Path, labeller: str) -> dict[str, tuple[int | None, ...] | str]:

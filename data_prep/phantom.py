@@ -53,16 +53,27 @@ def make_study(
     preset: Preset = "full",
     bits: int = 8,
     masks: bool = False,
+    with_prior: bool = False,
     file_format: Format = "auto",
     shares: Sequence[float] = (0.8, 0.1, 0.1),
 ) -> tuple[Sample, dict[str, bytes]]:
     """One study and its members, ``0.jpg`` or ``0.png`` and, if asked for, the label map ``0.mask.png``.
 
-    A follow-up (study 1, 2, ...) shows the same patient, findings grown, shrunk, gone or new.
+    A follow-up (study 1, 2, ...) shows the same patient, findings grown, shrunk, gone or new. ``with_prior`` adds the
+    image of the study before it (metadata ``role: prior``), where both are frontal or both lateral.
     """
     build, shot, findings, before, sex, age = plan_study(seed, patient, study, preset)
     picture, found = draw(build, shot, findings, width, height)
     members, file = encode(picture, bits, file_format)
+    who, key = f"phantom-p{patient:06d}", f"phantom-p{patient:06d}-s{study:02d}"
+    images = [{"file": file, "width": width, "height": height, "image_id": key, "view": shot.view}]
+    if with_prior and study:
+        earlier_build, earlier, seen, *_ = plan_study(seed, patient, study - 1, preset)
+        if (earlier.view == "LATERAL") == (shot.view == "LATERAL"):
+            more, file = encode(draw(earlier_build, earlier, seen, width, height)[0], bits, file_format, number=1)
+            members |= more
+            which = {"image_id": f"{who}-s{study - 1:02d}", "view": earlier.view, "metadata": {"role": "prior"}}
+            images.append({"file": file, "width": width, "height": height, **which})
     rng = np.random.default_rng([seed, patient, study, 11])
     report = write_report(findings, shot.view, sex, age, rng, before)
     if preset == "easy":
@@ -75,7 +86,7 @@ def make_study(
         for n, mask in sorted(found.items(), key=lambda item: -int(item[1].sum())):  # small ones stay on top
             label_map[mask > 0] = n + 1
         members["0.mask.png"] = _png(label_map)
-    who, key = f"phantom-p{patient:06d}", f"phantom-p{patient:06d}-s{study:02d}"
+    messages[0]["content"] = [{"type": "image"} for _ in images[1:]] + messages[0]["content"]
     boxes = [{"label": findings[n].name, "xyxy": _box(mask)} for n, mask in sorted(found.items()) if mask.any()]
     metadata = {
         "synthetic": True,
@@ -97,7 +108,7 @@ def make_study(
             "synthetic": True,
             "patient_id": who,
             "study_id": key,
-            "images": [{"file": file, "width": width, "height": height, "image_id": key, "view": shot.view}],
+            "images": images,
             "messages": messages,
             "report": report.text,
             "labels": report.labels,
@@ -292,14 +303,20 @@ LIMITS = {  # sizes stay those of the finding, so that a shrunken cardiomegaly i
 }
 
 
-def encode(picture: np.ndarray, bits: int = 8, file_format: Format = "auto") -> tuple[dict[str, bytes], str]:
-    """Members of a picture in 0..1, and the image's name. ``auto``: JPEG from 256 px up, PNG below and for 16 bit."""
+def encode(
+    picture: np.ndarray, bits: int = 8, file_format: Format = "auto", number: int = 0
+) -> tuple[dict[str, bytes], str]:
+    """Members of picture ``number`` of a sample, in 0..1, and the image's name.
+
+    ``auto``: JPEG from 256 px up, PNG below and for 16 bit.
+    """
     if bits == 16:
-        return {"0.png": _png((picture * 65535 + 0.5).astype(np.uint16))}, "0.png"
+        return {f"{number}.png": _png((picture * 65535 + 0.5).astype(np.uint16))}, f"{number}.png"
     gray = cv2.convertScaleAbs(picture, alpha=255)
     if file_format == "png" or (file_format == "auto" and max(gray.shape) < 256):
-        return {"0.png": _png(gray)}, "0.png"
-    return {"0.jpg": cv2.imencode(".jpg", gray, [cv2.IMWRITE_JPEG_QUALITY, 95])[1].tobytes()}, "0.jpg"
+        return {f"{number}.png": _png(gray)}, f"{number}.png"
+    data = cv2.imencode(".jpg", gray, [cv2.IMWRITE_JPEG_QUALITY, 95])[1].tobytes()
+    return {f"{number}.jpg": data}, f"{number}.jpg"
 
 
 def _png(pixels: np.ndarray) -> bytes:
@@ -342,6 +359,7 @@ def generate(
     preset: Preset = "full",
     bits: int = 8,
     masks: bool = False,
+    with_prior: bool = False,
     file_format: Format = "auto",
     shares: Sequence[float] = (0.8, 0.1, 0.1),
     workers: int = 2,
@@ -366,7 +384,7 @@ def generate(
     if len(shares) != 3 or min(shares) < 0 or sum(shares) <= 0:
         raise UserError("phantom: the shares of train, validation and test must be three numbers, none negative")
     options: dict[str, Any] = {"width": width, "height": height, "preset": preset, "bits": bits, "masks": masks}
-    options |= {"file_format": file_format, "shares": tuple(shares)}
+    options |= {"with_prior": with_prior, "file_format": file_format, "shares": tuple(shares)}
     jobs: dict[str, list] = {split: [] for split in SPLITS}
     for job in _studies(seed, images, patients):
         jobs[split_of(job[0], seed, shares)].append((seed, job, options))
@@ -394,6 +412,9 @@ def prepare(
     preset: Annotated[str, typer.Option(help="full, or easy: large findings and short questions.")] = "full",
     bits: Annotated[int, typer.Option(help="8 or 16.")] = 8,
     masks: Annotated[bool, typer.Option("--masks", help="Store a label map 0.mask.png with each image.")] = False,
+    with_prior: Annotated[
+        bool, typer.Option("--with-prior", help="Add the image of the patient's study before, with role: prior.")
+    ] = False,
     file_format: Annotated[str, typer.Option("--format", help="auto (jpg from 256 px up), jpg or png.")] = "auto",
     workers: Annotated[int, typer.Option(help="Processes.")] = 2,
 ) -> None:
@@ -408,6 +429,7 @@ def prepare(
         preset=cast(Preset, preset),
         bits=bits,
         masks=masks,
+        with_prior=with_prior,
         file_format=cast(Format, file_format),
         workers=workers,
     )

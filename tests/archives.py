@@ -81,7 +81,16 @@ class Mimic:
         self.metadata: list[dict[str, Any]] = []
         self.labels: list[dict[str, Any]] = []
 
-    def add(self, study: int, text: str | bytes | None, views: str = "PA", split: str = "train", **labels: str) -> None:
+    def add(
+        self,
+        study: int,
+        text: str | bytes | None,
+        views: str = "PA",
+        split: str = "train",
+        when: str = "21800506 213014.531",
+        **labels: str,
+    ) -> None:
+        date, time = when.split(" ")
         subject = 10000000 + study % 1000
         folder = f"p{str(subject)[:2]}/p{subject}"
         for n, view in enumerate(views.split()):
@@ -89,6 +98,7 @@ class Mimic:
             ids = {"dicom_id": dicom, "study_id": study, "subject_id": subject}
             self.split.append({**ids, "split": split})
             self.metadata.append({**ids, "ViewPosition": "" if view == "-" else view, "Rows": 24})
+            self.metadata[-1] |= {"StudyDate": date, "StudyTime": time}
             write_image(self.root / "files" / folder / f"s{study}" / f"{dicom}.jpg", n)
         if text is not None:
             path = self.root / self.reports / folder / f"s{study}.txt"

@@ -234,6 +234,27 @@ def test_large_and_16_bit_pictures(bits):
         assert len(np.unique(pixels)) > 5000
 
 
+def test_a_follow_up_carries_the_image_of_the_study_before():
+    with_prior = 0
+    for patient in range(60):
+        for study in range(studies_of(0, patient)):
+            alone, members = make_study(0, patient, study, width=64, height=64)
+            sample, more = make_study(0, patient, study, width=64, height=64, with_prior=True)
+            assert sample.images[0] == alone.images[0] and more["0.png"] == members["0.png"]
+            assert sample.report == alone.report and sample.messages[0].n_images == len(sample.images)
+            if len(sample.images) == 1:
+                assert not study or "LATERAL" in {
+                    v.view for v in (plan_study(0, patient, study - n, "full")[1] for n in (0, 1))
+                }
+                continue
+            before, pixels = make_study(0, patient, study - 1, width=64, height=64)
+            assert more["1.png"] == pixels["0.png"] != more["0.png"]
+            prior = sample.images[1]
+            assert (prior.metadata["role"], prior.image_id, prior.view) == ("prior", before.key, before.images[0].view)
+            with_prior += 1
+    assert with_prior > 10
+
+
 def test_wrong_options_are_one_sentence(tmp_path):
     assert "neither full nor easy" in medvlm("prepare", "phantom", tmp_path, "--preset", "hard", status=2)
     for options, message in [
