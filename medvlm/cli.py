@@ -45,7 +45,7 @@ def train(
 
     def work() -> int:
         from medvlm.config.load import load_recipe
-        from medvlm.config.tiny import TINY_DATA, tiny_values
+        from medvlm.config.tiny import tiny_data, tiny_values
 
         changes = [*(overrides or []), *(["training.profile=3"] if profile else [])]
         config = load_recipe(recipe, changes, tiny_values(recipe) if tiny else None)
@@ -61,7 +61,7 @@ def train(
             return 0
         from medvlm.training import loop
 
-        before = (lambda: prepare_tiny_data(Path(TINY_DATA))) if tiny else None
+        before = (lambda: prepare_tiny_data(Path(tiny_data(recipe)), config.model.family)) if tiny else None
         return loop.run(config, before=before, allow_change=allow_change)
 
     try:
@@ -77,14 +77,16 @@ def train(
     raise typer.Exit(status)
 
 
-def prepare_tiny_data(folder: Path) -> None:
+def prepare_tiny_data(folder: Path, family: str) -> None:
     """Phantom shards and a tokenizer for ``--tiny``, once."""
     if (folder / "tokenizer" / "tokenizer_config.json").exists():
         return
     from data_prep import phantom, tokenizer
 
-    phantom.generate(folder, images=96, size=64, preset="easy", workers=1)
-    tokenizer.train_tokenizer_folder(folder / "tokenizer", shards=[folder / "train"], vocab_size=600)
+    dual = family == "dual_encoder"
+    phantom.generate(folder, images=96, size=64, preset="easy", with_prior=dual, workers=1)
+    kind: tokenizer.Kind = "wordpiece" if dual else "sentencepiece"
+    tokenizer.train_tokenizer_folder(folder / "tokenizer", shards=[folder / "train"], vocab_size=600, kind=kind)
 
 
 @app.command()

@@ -140,6 +140,7 @@ def test_views_and_sections_are_chosen_and_what_is_left_out_is_counted(mimic):
 def test_a_prior_is_the_patients_last_frontal_image_before(mimic):
     mimic.add(50004001, PLAIN_REPORT, "AP", when="21800506 93000.0")  # half past nine, before 21:30 of that day
     mimic.add(50003001, PLAIN_REPORT, "LATERAL PA", when="21800506 213014.531")
+    mimic.add(50006001, PLAIN_REPORT, "PA", when="21800506 213014.531")  # at the same moment
     mimic.add(50002001, PLAIN_REPORT, "LATERAL", when="21800507 10000.0")
     mimic.add(50001001, PLAIN_REPORT, "AP", when="21800508 10000.0")
     mimic.add(50005001, PLAIN_REPORT, "AP", when=" ")
@@ -147,8 +148,8 @@ def test_a_prior_is_the_patients_last_frontal_image_before(mimic):
     found = {i.fields["key"]: i for i in kept(mimic.items(with_prior=True))}
     priors = {key: [i for i in item.images if i.metadata.get("role") == "prior"] for key, item in found.items()}
     assert {key: [i.metadata["study_id"] for i in images] for key, images in priors.items()} == {
-        **{"s50004001": [], "s50003001": ["s50004001"], "s50002001": ["s50003001"], "s50001001": ["s50003001"]},
-        **{"s50005001": [], "s50000002": []},
+        **{"s50004001": [], "s50003001": ["s50004001"], "s50006001": ["s50004001"], "s50002001": ["s50006001"]},
+        **{"s50001001": ["s50006001"], "s50005001": [], "s50000002": []},
     }
     assert [i.view for i in found["s50001001"].images] == ["AP", "PA"]
     assert all((mimic.root / i.path).is_file() for item in found.values() for i in item.images)

@@ -365,5 +365,10 @@ def test_grey_values_follow_the_formulas():
         z = Augment(gamma=0.5)(image, "k", 0, epoch, 0).double() / 255
         power = float(z[0, 5, 40].log() / x[0, 5, 40].log())
         assert 1 / 1.55 < power < 1.55 and torch.allclose(z, x**power, atol=0.03)
+    dark = image.clamp(max=180)  # times 1.4 it is below 255
+    lit = [Augment(gain=0.4)(dark, "k", 0, epoch, 0).double() for epoch in range(50)]
+    factors = [float(w.mean() / dark.double().mean()) for w in lit]
+    assert all(torch.allclose(w, f * dark.double(), atol=1.5) for w, f in zip(lit, factors, strict=True))
+    assert 0.6 < min(factors) < 0.65 and 1.3 < max(factors) < 1.4
     noise = [(Augment(noise=6)(image, "k", 0, e, 0).double() - image).std() for e in range(100)]
     assert 5 < max(noise) < 6.6 and min(noise) < 1

@@ -17,6 +17,7 @@ from medvlm.data.images import ImageTransform
 from medvlm.data.loader import MicroBatches, load_batches
 from medvlm.data.pair_text import TextEncoder, choose_text, section_sentences
 from medvlm.data.pairs import EncodedPair, PairEncoder, collate_pairs
+from medvlm.data.pictures import look
 from medvlm.data.schema import Sample
 from medvlm.data.shards import ShardReader, write_shards
 from medvlm.errors import UserError
@@ -57,10 +58,6 @@ def study(i: int, views=("PA",), prior: bool = False, **values) -> tuple[Sample,
 
 def encode(encoder: PairEncoder, made: tuple[Sample, dict[str, bytes]], epoch: int | None = None) -> EncodedPair:
     return encoder(made[0], list(made[1].values()), epoch)
-
-
-def text_of(encoder: PairEncoder, pair: EncodedPair) -> str:
-    return encoder.tokens.tokenizer.decode(pair.ids, skip_special_tokens=True)
 
 
 @pytest.mark.parametrize(
@@ -264,6 +261,16 @@ def test_batches_depend_on_sample_epoch_and_seed_alone(dataset):
     plain = dataset[[(0, None)]]
     assert torch.equal(plain.pixel_values, dataset[[(0, None)]].pixel_values)
     assert torch.equal(plain.pixel_values[0], TRANSFORM(png(0), "")), "without an epoch, as it is"
+
+
+def test_a_contact_sheet_shows_the_images_and_the_masked_text(dataset):
+    card = look(dataset.reader, 0, dataset.encoder, epoch=0)
+    pair = dataset.encoder(*dataset.reader.load(0), 0)
+    assert [number for number, _ in pair.seen] in ([0, 2], [1, 2]), "a view, and the prior image"
+    assert np.array_equal(card.pictures[0].pixels, pair.image[0].numpy()) and len(card.pictures) == 2
+    assert "".join(p.text for p in card.pieces) == dataset.encoder.text_encoder.tokenizer.decode(pair.ids)
+    assert card.counts == {"tokens": len(pair.ids), "image": 0, "supervised": sum(i != IGNORE for i in pair.labels)}
+    assert look(dataset.reader, 3, dataset.encoder, epoch=0).reason.startswith("empty report")
 
 
 def test_choosing_a_text_needs_no_section():

@@ -54,6 +54,8 @@ class Augmentation(Section):
     """The largest standard deviation, in pixels."""
     noise: float = Field(default=0, ge=0, le=100)
     """The largest standard deviation, in grey levels."""
+    gain: float = Field(default=0, ge=0, lt=1)
+    """All values times 1 - gain to 1 + gain."""
 
 
 class Pairs(Section):

@@ -21,6 +21,7 @@ class Augment:
     horizontal_flip: probability. brightness: share of the full range, either way. contrast: factor in 1 - contrast to
     1 + contrast, about the image's mean. gamma: exponent in 1 / (1 + gamma) to 1 + gamma. blur: the largest standard
     deviation in pixels of a Gaussian filter. noise: the largest standard deviation in grey levels of Gaussian noise.
+    gain: factor of all values in 1 - gain to 1 + gain, which torchvision's ColorJitter calls brightness.
     What moves in from outside the image is black.
     """
 
@@ -34,6 +35,7 @@ class Augment:
     gamma: float = 0.0
     blur: float = 0.0
     noise: float = 0.0
+    gain: float = 0.0
 
     @property
     def active(self) -> bool:
@@ -47,7 +49,9 @@ class Augment:
         # drawn in one fixed order, so that turning one change on leaves the others as they were
         draws = rng.random(14)
         pixels = self._move(image.permute(1, 2, 0).numpy(), draws[:9])
-        pixels = self._shade(pixels, 2 * draws[9:12] - 1)
+        # of a generator of its own, which leaves the noise as it is without
+        gain = 1 + self.gain * (2 * generator(f"{key}/gain", number, epoch, seed).random() - 1) if self.gain else 1.0
+        pixels = self._shade(pixels, 2 * draws[9:12] - 1, gain)
         if self.blur and (sigma := self.blur * draws[12]) > 0.1:  # a narrower filter has no second tap
             pixels = _channels(_cv2().GaussianBlur(pixels, (0, 0), sigma))
         if self.noise:  # the same on every channel: grey stays grey
@@ -78,11 +82,11 @@ class Augment:
         flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
         return _channels(cv2.warpAffine(pixels, matrix, (width, height), flags=flags, borderValue=(0, 0, 0)))
 
-    def _shade(self, pixels: np.ndarray, signed: np.ndarray) -> np.ndarray:
-        """Gamma, then contrast about the mean, then brightness, as one table of 256 values."""
-        if not (self.brightness or self.contrast or self.gamma):
+    def _shade(self, pixels: np.ndarray, signed: np.ndarray, gain: float) -> np.ndarray:
+        """Gamma, gain, then contrast about the mean, then brightness, as one table of 256 values."""
+        if not (self.brightness or self.contrast or self.gamma or self.gain):
             return pixels
-        values = (np.arange(256) / 255) ** ((1 + self.gamma) ** signed[2])
+        values = gain * (np.arange(256) / 255) ** ((1 + self.gamma) ** signed[2])
         if self.contrast:
             mean = float(np.bincount(pixels.ravel(), minlength=256) @ values) / pixels.size
             values = mean + (values - mean) * (1 + self.contrast * signed[1])

@@ -27,6 +27,11 @@ class Encoded:
     labels: list[int]
     images: list[torch.Tensor] = field(default_factory=list)
 
+    @property
+    def seen(self) -> list[tuple[int, torch.Tensor]]:
+        """Images with their numbers in the sample."""
+        return list(enumerate(self.images))
+
 
 @dataclass
 class Batch:
@@ -119,6 +124,10 @@ class SampleEncoder:
     ):
         self.conversation, self.transform, self.max_length = conversation, transform, max_length
         self.shuffle, self.augment, self.slices, self.seed = shuffle, augment, slices, seed
+
+    @property
+    def text_encoder(self) -> ConversationEncoder:
+        return self.conversation
 
     def __call__(self, sample: Sample, images: Sequence[bytes], epoch: int | None = None) -> Encoded:
         messages = list(sample.messages)

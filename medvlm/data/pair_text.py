@@ -57,6 +57,9 @@ class TextEncoder:
     given, for one without a mask token.
     """
 
+    image_id: int | None = None  # a text of its own holds no images
+    image_tokens = 0
+
     def __init__(self, tokenizer: Any, max_length: int, masking: float | None = None):
         self.tokenizer, self.max_length, self.masking = tokenizer, max_length, masking
         self.special = set(tokenizer.all_special_ids)

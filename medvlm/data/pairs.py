@@ -32,6 +32,13 @@ class EncodedPair:
     masked_labels: list[int] | None = None
     truncated: bool = False
     """Whether the text was cut to the greatest length."""
+    seen: list[tuple[int, torch.Tensor]] = field(default_factory=list)
+    """Both images with their numbers in the sample."""
+
+    @property
+    def labels(self) -> list[int]:
+        """Of the tokens to predict, -100 elsewhere."""
+        return self.masked_labels or [IGNORE] * len(self.ids or [])
 
 
 @dataclass
@@ -129,7 +136,7 @@ class PairEncoder:
         labeler: Labeler | None = None,
         seed: int = 0,
     ):
-        self.tokens = TextEncoder(tokenizer, max_length, masking)
+        self.text_encoder = TextEncoder(tokenizer, max_length, masking)
         self.transform, self.augment, self.views, self.seed = transform, augment, views, seed
         self.sections, self.sentence, self.min_words = list(sections), text == "sentence", min_words
         self.shuffle_sentences = shuffle_sentences
@@ -147,13 +154,17 @@ class PairEncoder:
         pair = EncodedPair()
         if number is not None:
             pair.image = self._pixels(sample, images, number, epoch)
+            pair.seen.append((number, pair.image))
             before = [n for n, image in enumerate(sample.images) if image.metadata.get("role") == PRIOR]
             if self.prior and before:
                 pair.prior = self._pixels(sample, images, before[0], epoch)
+                pair.seen.append((before[0], pair.prior))
         if text is not None:
-            pair.ids, pair.truncated = self.tokens(text)
-            if self.tokens.masking is not None:
-                pair.masked_ids, pair.masked_labels = self.tokens.mask(pair.ids, self._rng(sample, epoch, "masks"))
+            pair.ids, pair.truncated = self.text_encoder(text)
+            if self.text_encoder.masking is not None:
+                pair.masked_ids, pair.masked_labels = self.text_encoder.mask(
+                    pair.ids, self._rng(sample, epoch, "masks")
+                )
         if self.labels:
             self._label(pair, sample, text)
         return pair

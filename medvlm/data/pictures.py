@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from medvlm.data.conversation import IGNORE, ConversationEncoder
+from medvlm.data.pair_text import TextEncoder
 from medvlm.data.schema import VOLUME_EXTENSION, Box, Image, Sample, TextPart
 from medvlm.data.shards import ShardReader
 from medvlm.errors import UserError
@@ -59,7 +60,8 @@ class Card:
 
 
 def look(reader: ShardReader, number: int, encoder: Any = None, epoch: int | None = None) -> Card:
-    """The card of one sample, through a `SampleEncoder` (shuffled and augmented as in an epoch), or as stored.
+    """The card of one sample, through a `SampleEncoder` or `PairEncoder` (shuffled and augmented as in an epoch), or as
+    stored.
 
     A sample that cannot be read or encoded gives a card with the reason, never an exception.
     """
@@ -82,11 +84,13 @@ def look(reader: ShardReader, number: int, encoder: Any = None, epoch: int | Non
         except UserError as error:
             card.reason = str(error)
         else:
-            card.pieces = pieces(encoder.conversation, encoded.ids, encoded.labels)
+            ids = encoded.ids or []
+            card.pieces = pieces(encoder.text_encoder, ids, encoded.labels)
             images = sum(p.tokens for p in card.pieces if p.image)
             supervised = sum(p.tokens for p in card.pieces if p.supervised)
-            card.counts = {"tokens": len(encoded.ids), "image": images, "supervised": supervised}
-            for i, (image, tensor) in enumerate(zip(sample.images, encoded.images, strict=True)):
+            card.counts = {"tokens": len(ids), "image": images, "supervised": supervised}
+            for i, tensor in encoded.seen:
+                image = sample.images[i]
                 matrix = placement(encoder, sample.key, i, (image.width, image.height), epoch)
                 boxes = [(b.label, moved(b, matrix)) for b in sample.boxes if b.image == i]
                 pixels = tensor.permute(1, 2, 0).numpy()
@@ -102,7 +106,7 @@ def look(reader: ShardReader, number: int, encoder: Any = None, epoch: int | Non
     return card
 
 
-def pieces(conversation: ConversationEncoder, ids: Sequence[int], labels: Sequence[int]) -> list[Piece]:
+def pieces(conversation: ConversationEncoder | TextEncoder, ids: Sequence[int], labels: Sequence[int]) -> list[Piece]:
     """The text of each token. Tokens of one image are one piece; so are bytes that only together are a character."""
     found: list[Piece] = []
     rows = [(i, label != IGNORE, i == conversation.image_id) for i, label in zip(ids, labels, strict=True)]
@@ -155,7 +159,7 @@ def _augmented(augment: Any, key: str, number: int, epoch: int, seed: int, size:
     """3 x 3: where an augmentation moves pixels, measured on a picture whose grey levels are its coordinates."""
     import torch
 
-    geometry = replace(augment, brightness=0.0, contrast=0.0, gamma=0.0, blur=0.0, noise=0.0)
+    geometry = replace(augment, brightness=0.0, contrast=0.0, gamma=0.0, blur=0.0, noise=0.0, gain=0.0)
     if not geometry.active:
         return np.eye(3)
     y, x = np.mgrid[: size[1], : size[0]] + 0.5
