@@ -1,4 +1,4 @@
-"""``medvlm shards``: index, verify, audit, plan, summarise and show WebDataset shards."""
+"""``medvlm shards``: index, verify, audit, label, plan, summarise and show WebDataset shards."""
 
 from pathlib import Path
 from typing import Annotated
@@ -7,7 +7,7 @@ import typer
 
 from medvlm.errors import UserError
 
-app = typer.Typer(no_args_is_help=True, help="Index, verify, audit, plan, summarise and show WebDataset shards.")
+app = typer.Typer(no_args_is_help=True, help="Index, verify, audit, label, plan, summarise and show WebDataset shards.")
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 Paths = Annotated[list[Path], typer.Argument(help="Shard folders or .tar files.")]
 
@@ -90,6 +90,18 @@ def shards_stats(
         from medvlm.data.plots import draw_stats
 
         write_figure(draw_stats(found), plots, f"medvlm shards stats {' '.join(map(str, paths))}")
+
+
+@app.command("label")
+def shards_label(
+    paths: Paths,
+    as_json: Json = False,
+    read: Annotated[int, typer.Option(min=0, help="Samples to read; 0: all.")] = 20_000,
+) -> None:
+    """Count the CheXpert labels that rules read in the reports, beside the labels that the shards have."""
+    from medvlm.data import label_agreement
+
+    label_agreement.print_compare(label_agreement.compare(paths, read or None), as_json)
 
 
 @app.command("show")

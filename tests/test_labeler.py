@@ -2,16 +2,20 @@
 
 import csv
 import hashlib
+import json
 import re
 from collections import Counter
 
 import numpy as np
 import pytest
+import toy
 
 from data_prep import iu_xray
 from data_prep.phantom import plan_study
 from data_prep.phantom_text import write_report
+from medvlm.data.label_agreement import compare, print_compare
 from medvlm.data.labeler import DEVICES, LABELS, NO_FINDING, label_report, label_sentences, mentions, sentences
+from medvlm.errors import UserError
 
 SHORT = {
     **{"EC": "Enlarged Cardiomediastinum", "C": "Cardiomegaly", "LO": "Lung Opacity", "LL": "Lung Lesion"},
@@ -210,3 +214,27 @@ def test_radiologists_agree_with_it_more_than_with_the_original(held_out_reports
     assert f1(ours, findings) > f1(original, findings) + 0.08
     assert f1(ours, [NO_FINDING]) > f1(original, [NO_FINDING])
     assert f1(ours, ["Cardiomegaly"]) > 0.9
+
+
+def test_labels_of_shards_beside_those_of_their_reports(tmp_path, capsys):
+    texts = ["Small effusion. No edema.", "No effusion.", "Possible effusion.", "Large effusion."]
+    given = [{"Pleural Effusion": 1}, {"Pleural Effusion": 1, "Edema": None}, {"Pleural Effusion": -1}, {"mass": 1}]
+    stored = [
+        (toy.sample(n, 0, [], report={"findings": text}, labels=labels)[0], {})
+        for n, (text, labels) in enumerate(zip(texts, given, strict=True))
+    ]
+    toy.write_shards([*stored, toy.sample(9, 1, ["yes"])], tmp_path, "toy")
+    report = compare(tmp_path)
+    assert [report[k] for k in ("samples", "read", "reports", "compared")] == [5, 5, 4, 3]
+    row = report["labels"]["Pleural Effusion"]
+    assert row["text"] == {"positive": 2, "negative": 1, "uncertain": 1}
+    assert row["shards"] == {"positive": 2, "negative": 0, "uncertain": 1}
+    assert row["same"] == pytest.approx(2 / 3) and row["f1"] == pytest.approx(2 / 3)
+    assert report["labels"]["Edema"]["same"] == pytest.approx(2 / 3) and report["labels"]["Edema"]["f1"] is None
+    print_compare(report)
+    assert "4 reports of 5 samples" in capsys.readouterr().out.replace("\n", " ")
+    print_compare(report, as_json=True)
+    assert json.loads(capsys.readouterr().out) == report
+    toy.write_shards([toy.sample(9, 1, ["yes"])], tmp_path / "none", "toy")
+    with pytest.raises(UserError, match="none of 1 samples has a report to label"):
+        compare(tmp_path / "none")
