@@ -32,6 +32,11 @@ SHORT = {
         ("The right pleural effusion has resolved.", dict(PE=0, NF=1)),
         ("The left effusion has decreased.", dict(PE=1)),
         ("No change in the left pleural effusion.", dict(PE=1)),
+        ("No change in the pneumothorax or effusion.", dict(PX=1, PE=1)),
+        ("Scarring or atelectasis at the base.", dict(LO=-1, A=-1)),
+        ("The differential is broad and includes edema.", dict(E=-1)),
+        ("Heart size is hard to assess beside a large effusion, and increased markings.", dict(PE=1)),
+        ("There may be a small effusion and the heart is enlarged.", dict(PE=-1, C=1)),
         ("There has been no significant interval change in moderate cardiomegaly.", dict(C=1)),
         ("Small left pleural effusion cannot be excluded.", dict(PE=-1)),
         ("Retrocardiac opacity may represent atelectasis, pneumonia, or aspiration.", dict(LO=1, A=-1, P=-1)),
@@ -217,22 +222,28 @@ def test_radiologists_agree_with_it_more_than_with_the_original(held_out_reports
 
 
 def test_labels_of_shards_beside_those_of_their_reports(tmp_path, capsys):
-    texts = ["Small effusion. No edema.", "No effusion.", "Possible effusion.", "Large effusion."]
-    given = [{"Pleural Effusion": 1}, {"Pleural Effusion": 1, "Edema": None}, {"Pleural Effusion": -1}, {"mass": 1}]
+    texts = ["Small effusion. No edema.", "No effusion.", "Possible effusion.", "Large effusion.", "Effusion."]
+    given = [
+        {"Pleural Effusion": 1},
+        {"Pleural Effusion": 1, "Edema": None},
+        {"Pleural Effusion": -1},
+        {"mass": 1},
+        {"Pleural Effusion": 0},
+    ]
     stored = [
         (toy.sample(n, 0, [], report={"findings": text}, labels=labels)[0], {})
         for n, (text, labels) in enumerate(zip(texts, given, strict=True))
     ]
     toy.write_shards([*stored, toy.sample(9, 1, ["yes"])], tmp_path, "toy")
     report = compare(tmp_path)
-    assert [report[k] for k in ("samples", "read", "reports", "compared")] == [5, 5, 4, 3]
+    assert [report[k] for k in ("samples", "read", "reports", "compared")] == [6, 6, 5, 4]
     row = report["labels"]["Pleural Effusion"]
-    assert row["text"] == {"positive": 2, "negative": 1, "uncertain": 1}
-    assert row["shards"] == {"positive": 2, "negative": 0, "uncertain": 1}
-    assert row["same"] == pytest.approx(2 / 3) and row["f1"] == pytest.approx(2 / 3)
-    assert report["labels"]["Edema"]["same"] == pytest.approx(2 / 3) and report["labels"]["Edema"]["f1"] is None
+    assert row["text"] == {"positive": 3, "negative": 1, "uncertain": 1}
+    assert row["shards"] == {"positive": 2, "negative": 1, "uncertain": 1}
+    assert row["same"] == row["f1"] == 1 / 2
+    assert report["labels"]["Edema"]["same"] == 3 / 4 and report["labels"]["Edema"]["f1"] is None
     print_compare(report)
-    assert "4 reports of 5 samples" in capsys.readouterr().out.replace("\n", " ")
+    assert "5 reports of 6 samples" in capsys.readouterr().out.replace("\n", " ")
     print_compare(report, as_json=True)
     assert json.loads(capsys.readouterr().out) == report
     toy.write_shards([toy.sample(9, 1, ["yes"])], tmp_path / "none", "toy")

@@ -34,6 +34,7 @@ LABELS = (
 OTHER = "other"  # an abnormality of none of the classes
 # Sections that say what was asked or done, not what is seen.
 CONTEXT = frozenset(["indication", "history", "comparison", "technique", "examination", "clinical information"])
+BLANKED = "~"
 _FAILURE = re.compile(r"\bchf$|failure$")
 _SENTENCE = re.compile(r"(?<=[.?!])\s+|(?<=[a-z)][.?!])(?=[A-Z])|\n\s*\n|\n(?=\s*(?:\d{1,2}[.)]|[-*])\s)")
 _NORMAL = re.compile(
@@ -149,7 +150,7 @@ def mentions(sentence: str) -> tuple[Mention, ...]:
     classes, cues = _rules()
     text = re.sub(r"\br/o\b", "rule out", sentence.lower()).replace("and/or", "or")
     text = re.sub(r"(?<=[a-z])/(?=[a-z])", " or ", text)
-    text = cues["harmless"].sub(lambda m: "~" * len(m[0]), text)
+    text = cues["harmless"].sub(lambda m: BLANKED * len(m[0]), text)
     ends = [(0, 0), *(m.span() for m in cues["clause_end"].finditer(text)), (len(text), len(text))]
     found: list[Mention] = []
     for entry in classes:
@@ -180,9 +181,10 @@ def _finding(c: _Clause, cues: Mapping[str, re.Pattern[str]]) -> int:
         return 0
     if verb and cues["negation_after"].match(after, verb.end() + 1):
         return 0
-    if _reaches("doubt", before, cues) or cues["or_before"].search(before) or cues["doubt_after"].search(after):
+    if _reaches("doubt", before, cues) or cues["doubt_after"].search(after):
         return -1
-    return 1
+    alternative = cues["or_before"].search(before) or cues["or_after"].search(after)
+    return -1 if alternative and BLANKED not in before else 1  # "no change in A or B" has both
 
 
 def _reaches(cue: str, before: str, cues: Mapping[str, re.Pattern[str]]) -> bool:
