@@ -11,9 +11,12 @@ from transformers import (
     CLIPConfig,
     CLIPImageProcessor,
     CLIPModel,
+    CLIPVisionConfig,
+    Dinov2Config,
     SiglipConfig,
     SiglipImageProcessor,
     SiglipModel,
+    SwinConfig,
     VisionTextDualEncoderConfig,
     VisionTextDualEncoderModel,
     ViTConfig,
@@ -22,6 +25,14 @@ from transformers import (
 
 SIZE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 KINDS = ("clip", "siglip", "vit-bert")
+TOWERS = {
+    "vit": ViTConfig,
+    "clip": CLIPVisionConfig,
+    "dinov2": Dinov2Config,
+    "swin": lambda **v: SwinConfig(
+        image_size=32, patch_size=2, embed_dim=8, depths=[1, 1, 1], num_heads=[1, 1, 2], window_size=4
+    ),
+}
 
 
 def make_dual(folder: Path, kind: str = "clip", seed: int = 0, positions: int = 64) -> Path:
@@ -44,7 +55,7 @@ def make_dual(folder: Path, kind: str = "clip", seed: int = 0, positions: int = 
         model, processor = SiglipModel(config), SiglipImageProcessor(size=square)
     else:
         config = VisionTextDualEncoderConfig.from_vision_text_configs(
-            ViTConfig(**vision), BertConfig(**text, pad_token_id=3), projection_dim=16
+            TOWERS[kind.removesuffix("-bert")](**vision), BertConfig(**text, pad_token_id=3), projection_dim=16
         )
         model, processor = VisionTextDualEncoderModel(config), ViTImageProcessor(size=square)
     with torch.no_grad():  # far from symmetric, so that a wrong head or order changes what is measured

@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from dual import KINDS, make_dual
+from dual import KINDS, TOWERS, make_dual
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
@@ -52,21 +52,44 @@ def test_embeddings_are_those_of_transformers_whatever_the_batch(folders, pictur
     assert not np.allclose(raw.norm(dim=1), 1) and torch.allclose(torch.nn.functional.normalize(raw), image, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["clip", "vit-bert"])
-def test_patches_go_through_the_head_of_the_class_token(folders, pictures, kind):
-    embedder = Embedder(folders[kind])
-    patches = embedder.patches(pictures, normalized=False)
-    assert patches.shape == (5, 4, 4, 16)
-    model = embedder.model
-    with torch.inference_mode():
-        values = embedder.pixels(pictures)["pixel_values"]
-        tokens = model.vision_model(pixel_values=values).last_hidden_state
-        head = model.visual_projection
-        if kind == "clip":  # by the class token this head gives the image's own embedding
-            norm = model.vision_model.post_layernorm
-            assert torch.allclose(head(norm(tokens[:, 0])), embedder.images(pictures, normalized=False), atol=1e-5)
-            tokens = norm(tokens)
-        torch.testing.assert_close(patches, head(tokens[:, 1:]).reshape(5, 4, 4, 16))
+@pytest.mark.parametrize("kind", ["clip", *(f"{tower}-bert" for tower in TOWERS)])
+def test_patches_go_where_the_class_token_goes(tmp_path, pictures, kind, monkeypatch):
+    """A tower whose tokens are all its class token (or, of Swin, which pools, its mean) has the image's embedding in
+    every patch."""
+    embedder = Embedder(make_dual(tmp_path / kind, kind))
+    image, patches = (f(pictures, normalized=False) for f in (embedder.images, embedder.patches))
+    assert patches.shape == (5, 4, 4, 16) and patches.flatten(1, 2).std(1).min() > 1e-4
+    if kind == "swin-bert":
+        torch.testing.assert_close(patches.mean((1, 2)), image, atol=1e-5, rtol=1e-4)
+        return
+    tower = embedder.model.vision_model
+    seen = tower.forward
+
+    def same_tokens(*arguments, **options):
+        out = seen(*arguments, **options)
+        out.last_hidden_state = out.last_hidden_state[:, :1].expand_as(out.last_hidden_state)
+        return out
+
+    monkeypatch.setattr(tower, "forward", same_tokens)
+    expected = image[:, None, None].expand(5, 4, 4, 16)
+    torch.testing.assert_close(embedder.patches(pictures, normalized=False), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_a_tower_without_a_known_grid_is_refused(folders, pictures):
+    embedder = Embedder(folders["vit-bert"])
+    embedder.model.vision_model.config.patch_size = 4  # more patches than there are tokens
+    with pytest.raises(UserError, match="the vit tower has no grid of patches"):
+        embedder.patches(pictures)
+
+
+def test_patches_lie_in_the_order_of_the_picture(folders):
+    """A change of one corner of the picture changes that corner's patch most (untrained towers attend evenly)."""
+    embedder = Embedder(folders["clip"])
+    grey = Image.new("L", (32, 32), 128)
+    changed = grey.copy()
+    changed.paste(Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 8), dtype=np.uint8)), (24, 8))
+    before, after = embedder.patches([grey, changed], normalized=False)
+    assert (after - before).norm(dim=-1).flatten().argmax() == 1 * 4 + 3
 
 
 def test_patches_of_an_attention_pool_are_refused(folders, pictures):

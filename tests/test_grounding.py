@@ -5,6 +5,7 @@ import pytest
 import torch
 from PIL import Image
 from scipy import stats
+from transformers import CLIPImageProcessor
 
 from medvlm.errors import UserError
 from medvlm.evaluation import heat_map
@@ -46,6 +47,12 @@ def test_a_frame_is_found_whatever_a_processor_does(process, size, expected):
     found = heat_map.find_frame(process, *size)
     assert found == pytest.approx(expected, abs=0.05)
     assert found.ax == pytest.approx(expected[0], rel=5e-3) and found.ay == pytest.approx(expected[2], rel=5e-3)
+
+
+def test_the_frame_of_clips_own_processor_is_its_crop():
+    processor = CLIPImageProcessor(size={"shortest_edge": 64}, crop_size={"height": 48, "width": 48})
+    found = heat_map.find_frame(lambda p: processor(images=p, return_tensors="pt")["pixel_values"], 160, 128)
+    assert found == pytest.approx((0.5, -16, 0.5, -8, 48, 48), abs=0.05)  # 80 x 64, of which 48 x 48 are in the middle
 
 
 def test_a_processor_that_turns_or_flattens_is_refused():

@@ -118,12 +118,11 @@ class Embedder:
         return self._all(texts, embed, batch_size, normalized, "texts")
 
     def patches(self, images: Sequence[Image.Image], batch_size: int = 32, *, normalized: bool = True) -> Tensor:
-        """Pictures -> [N, h, w, D]: the patches of each in the joint space, as far as the model's head is linear.
+        """Pictures -> [N, h, w, D]: the patches of each, in the joint space.
 
-        A model with ``get_image_patch_features(pixel_values) -> [N, h, w, D]`` is asked. For CLIP and for
-        VisionTextDualEncoder the tokens of the last layer go through the head of the class token (for CLIP after
-        ``post_layernorm``), as in MaskCLIP (arXiv 2112.01071) without its change of the attention.
-        Raises UserError for other models, such as SigLIP, whose head attends to all patches at once.
+        A model with ``get_image_patch_features(pixel_values) -> [N, h, w, D]`` is asked. In CLIP and in
+        VisionTextDualEncoder all that lies between the class token and the image's embedding is applied to each patch's
+        token instead. Raises UserError for other models, such as SigLIP, whose head attends to all patches at once.
         """
         return self._all(images, self._patches, batch_size, normalized, "patches")
 
@@ -148,16 +147,21 @@ class Embedder:
                 "get_image_patch_features"
             )
         tower = self.model.vision_model
-        hidden = tower(pixel_values=values, return_dict=True).last_hidden_state
-        if hidden.dim() == 4:  # [N, C, h, w] of a convolutional tower
-            return head(hidden.permute(0, 2, 3, 1))
-        side = tower.config.patch_size
-        height, width = values.shape[-2] // side, values.shape[-1] // side
-        tokens = hidden[:, hidden.shape[1] - height * width :]  # class and register tokens come first
-        inner = getattr(tower, "vision_model", tower)  # CLIPVisionModel holds it, or is it
-        norm = getattr(inner, "post_layernorm", None)
-        if norm is not None and tower.config.model_type.startswith("clip"):  # else the tower has applied its own
-            tokens = norm(tokens)
+        tokens = tower(pixel_values=values, return_dict=True).last_hidden_state
+        config = tower.config
+        # of a hierarchical tower (Swin) each stage but the last halves the grid
+        side = (
+            config.patch_size * 2 ** (len(getattr(config, "depths", [0])) - 1) if hasattr(config, "patch_size") else 0
+        )
+        height, width = (n // side for n in values.shape[-2:]) if side else (0, 0)
+        if not 0 < height * width <= tokens.shape[1]:
+            raise UserError(f"{self.name}: the {config.model_type} tower has no grid of patches that is known here")
+        tokens = tokens[:, tokens.shape[1] - height * width :]  # class and register tokens come first
+        inner = getattr(tower, "vision_model", tower)
+        if config.model_type.startswith("clip"):  # other towers give tokens that are normalised already
+            tokens = inner.post_layernorm(tokens)
+        if hasattr(getattr(inner, "pooler", None), "dense"):  # a ViT's, which takes the first token of a sequence
+            tokens = inner.pooler(tokens.flatten(0, 1)[:, None]).unflatten(0, tokens.shape[:2])
         return head(tokens).unflatten(1, (height, width))
 
     @torch.inference_mode()
