@@ -268,7 +268,7 @@ def test_a_contact_sheet_shows_the_images_and_the_masked_text(dataset):
     pair = dataset.encoder(*dataset.reader.load(0), 0)
     assert [number for number, _ in pair.seen] in ([0, 2], [1, 2]), "a view, and the prior image"
     assert np.array_equal(card.pictures[0].pixels, pair.image[0].numpy()) and len(card.pictures) == 2
-    assert "".join(p.text for p in card.pieces) == dataset.encoder.text_encoder.tokenizer.decode(pair.ids)
+    assert "".join(p.text for p in card.pieces) == dataset.encoder.tokens.tokenizer.decode(pair.ids)
     assert card.counts == {"tokens": len(pair.ids), "image": 0, "supervised": sum(i != IGNORE for i in pair.labels)}
     assert look(dataset.reader, 3, dataset.encoder, epoch=0).reason.startswith("empty report")
 

@@ -126,7 +126,7 @@ class SampleEncoder:
         self.shuffle, self.augment, self.slices, self.seed = shuffle, augment, slices, seed
 
     @property
-    def text_encoder(self) -> ConversationEncoder:
+    def tokens(self) -> ConversationEncoder:
         return self.conversation
 
     def __call__(self, sample: Sample, images: Sequence[bytes], epoch: int | None = None) -> Encoded:

@@ -136,7 +136,7 @@ class PairEncoder:
         labeler: Labeler | None = None,
         seed: int = 0,
     ):
-        self.text_encoder = TextEncoder(tokenizer, max_length, masking)
+        self.tokens = TextEncoder(tokenizer, max_length, masking)
         self.transform, self.augment, self.views, self.seed = transform, augment, views, seed
         self.sections, self.sentence, self.min_words = list(sections), text == "sentence", min_words
         self.shuffle_sentences = shuffle_sentences
@@ -160,11 +160,9 @@ class PairEncoder:
                 pair.prior = self._pixels(sample, images, before[0], epoch)
                 pair.seen.append((before[0], pair.prior))
         if text is not None:
-            pair.ids, pair.truncated = self.text_encoder(text)
-            if self.text_encoder.masking is not None:
-                pair.masked_ids, pair.masked_labels = self.text_encoder.mask(
-                    pair.ids, self._rng(sample, epoch, "masks")
-                )
+            pair.ids, pair.truncated = self.tokens(text)
+            if self.tokens.masking is not None:
+                pair.masked_ids, pair.masked_labels = self.tokens.mask(pair.ids, self._rng(sample, epoch, "masks"))
         if self.labels:
             self._label(pair, sample, text)
         return pair

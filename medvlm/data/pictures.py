@@ -85,7 +85,7 @@ def look(reader: ShardReader, number: int, encoder: Any = None, epoch: int | Non
             card.reason = str(error)
         else:
             ids = encoded.ids or []
-            card.pieces = pieces(encoder.text_encoder, ids, encoded.labels)
+            card.pieces = pieces(encoder.tokens, ids, encoded.labels)
             images = sum(p.tokens for p in card.pieces if p.image)
             supervised = sum(p.tokens for p in card.pieces if p.supervised)
             card.counts = {"tokens": len(ids), "image": images, "supervised": supervised}
