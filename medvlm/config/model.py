@@ -142,6 +142,8 @@ class ImageEncoder(Backbone):
     """
 
     pooling: Literal["pooler", "cls", "mean", "max"] = "pooler"
+    image_size: int | None = Field(default=None, gt=0)
+    """Of a convolutional tower, which takes any; by default its image processor's, or 224."""
 
 
 class TextTower(Backbone):
@@ -162,9 +164,10 @@ class TextTower(Backbone):
 
 class Head(Part):
     """From a tower's features to the joint space: one linear layer, two (``mlp``), or two 1 x 1 convolutions over the
-    patch grid (``conv``, images only), whose mean is then the image's embedding."""
+    patch grid (``conv``, images only), whose mean is then the image's embedding. With ``none`` the features are the
+    embedding, as in SigLIP."""
 
-    kind: Literal["linear", "mlp", "conv"] = "linear"
+    kind: Literal["none", "linear", "mlp", "conv"] = "linear"
     hidden_dim: int | None = Field(default=None, gt=0)
     """Between the two layers; ``model.embedding_dim`` by default."""
     activation: Literal["relu", "gelu"] = "relu"
@@ -200,7 +203,7 @@ class ImageHead(Head):
 
 
 class TextHead(Head):
-    kind: Literal["linear", "mlp"] = "linear"  # type: ignore[assignment]  # narrower on purpose
+    kind: Literal["none", "linear", "mlp"] = "linear"  # type: ignore[assignment]  # narrower on purpose
 
 
 class Similarity(Part):

@@ -2,18 +2,28 @@
 
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from tokenizers import AddedToken
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForCausalLM, AutoTokenizer, LlavaProcessor
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, LlavaProcessor
 
-from medvlm.config.model import Backbone, Llava
+from medvlm.config.model import Backbone, LanguageModel, Llava
 from medvlm.data.conversation import multimodal_template
 from medvlm.data.schema import IMAGE_MARK
 from medvlm.errors import UserError
+from medvlm.models.backbones import (
+    IMAGE_PROCESSORS,
+    backbone_config,
+    from_scratch,
+    image_processor_of,
+    load,
+    load_backbone,
+    load_tower,
+    square_size,
+    zero3_switch,
+)
 from medvlm.models.kernels import (
     Machine,
     apply_liger,
@@ -25,12 +35,6 @@ from medvlm.models.kernels import (
 from medvlm.models.multi_modal_projector import PROJECTORS
 from medvlm.models.vision_language_model import VisionLanguageModel, select_features
 
-IMAGE_PROCESSORS = {
-    "clip_vision_model": "CLIPImageProcessor",
-    "siglip_vision_model": "SiglipImageProcessor",
-    "vit": "ViTImageProcessor",
-    "dinov2": "BitImageProcessor",
-}
 VOCABULARY_MULTIPLE = 64
 
 
@@ -70,7 +74,7 @@ def build_components(config: Llava) -> Components:
     if source is None:
         raise UserError("model.language_model.tokenizer: a language model from scratch needs a tokenizer folder")
     gguf = {} if config.language_model.tokenizer else _gguf(config)
-    tokenizer = _load(AutoTokenizer, source, "model.language_model.tokenizer", **gguf)
+    tokenizer = load(AutoTokenizer, source, "model.language_model.tokenizer", **gguf)
     if IMAGE_MARK not in tokenizer.get_vocab():
         tokenizer.add_tokens(AddedToken(IMAGE_MARK, normalized=False, special=True), special_tokens=True)
     if tokenizer.pad_token_id is None:
@@ -78,8 +82,8 @@ def build_components(config: Llava) -> Components:
     grown = len(tokenizer) > text.vocab_size
     if grown:
         text.vocab_size = -(-len(tokenizer) // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
-    image_processor = _image_processor(config.vision_tower, vision)
-    size = _square_size(image_processor)
+    image_processor = image_processor_of(config.vision_tower, vision)
+    size = square_size(image_processor)
     tokens, dim, unused = _probe_vision(vision, size, config)
     patch = vision.patch_size
     grid = (size // patch) ** 2
@@ -117,29 +121,19 @@ def build_model(
     machine = machine or Machine.here(dtype)
     attention = choose_attention(config.attention, machine, parts.text_config)
     kernels = choose_kernels(config.kernels, machine, parts.text_config)
-    zero3 = bool(deepspeed_config) and deepspeed_config["zero_optimization"]["stage"] == 3  # type: ignore[index]
-    keep_alive: Any = None
+    keep_alive = zero3_switch(deepspeed_config)
     context: Any = nullcontext()
-    if zero3:
+    if keep_alive is not None:
         import deepspeed
-        from transformers.integrations import HfDeepSpeedConfig
 
-        keep_alive = HfDeepSpeedConfig(deepspeed_config)
         # No dtype argument: on CPU zero.Init(dtype=float32) silently means bfloat16.
         context = deepspeed.zero.Init(config_dict_or_path=deepspeed_config)
     transformers.set_seed(seed)
-    tower = _backbone(AutoModel, config.vision_tower, parts.vision_config, dtype, "model.vision_tower", None)
-    language = _backbone(
-        AutoModelForCausalLM,
-        config.language_model,
-        parts.text_config,
-        dtype,
-        "model.language_model",
-        attention_implementation(attention),
-    )
+    tower = load_tower(config.vision_tower, parts.vision_config, dtype, "model.vision_tower")
+    language = _language_model(config.language_model, parts.text_config, dtype, attention_implementation(attention))
     with context:
         projector = PROJECTORS[config.multi_modal_projector.kind](parts.vision_dim, parts.text_config.hidden_size)
-        projector = projector.to(dtype) if not zero3 else projector
+        projector = projector.to(dtype) if keep_alive is None else projector
     image_processor = parts.processor.image_processor
     model = VisionLanguageModel(
         tower,
@@ -160,34 +154,13 @@ def build_model(
     return model
 
 
-def _backbone(auto: Any, part: Backbone, config: Any, dtype: torch.dtype, field: str, attention: str | None) -> Any:
-    if part.path is None:
-        return auto.from_config(config, dtype=dtype, attn_implementation=attention)
-    gguf = getattr(part, "gguf_file", None)
-    vocabulary = config.vocab_size if auto is AutoModelForCausalLM else None
-    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention}
-    if vocabulary is None:
-        auto, options["config"] = transformers.MODEL_MAPPING[type(config)], config
-    if gguf:
-        options["gguf_file"] = gguf
-    model, info = _load(auto, part.path, field, output_loading_info=True, **options)
-    # A tied output layer is listed as missing by some versions though it shares the input embedding.
-    tied = {"lm_head.weight"} if getattr(model.config, "tie_word_embeddings", False) else set()
-    missing = set(info["missing_keys"]) - tied
-    if missing:
-        some = ", ".join(sorted(missing)[:3])
-        raise UserError(f"{field}.path: {part.path} lacks {len(missing)} weights of the model, among them {some}")
-    if vocabulary is not None and vocabulary > model.get_input_embeddings().num_embeddings:
-        model.resize_token_embeddings(vocabulary, mean_resizing=False)
+def _language_model(part: LanguageModel, config: Any, dtype: torch.dtype, attention: str | None) -> Any:
+    field, gguf = "model.language_model", part.gguf_file
+    options: dict[str, Any] = {"gguf_file": gguf} if gguf else {}
+    model = load_backbone(AutoModelForCausalLM, part, config, dtype, field, attn_implementation=attention, **options)
+    if config.vocab_size > model.get_input_embeddings().num_embeddings:
+        model.resize_token_embeddings(config.vocab_size, mean_resizing=False)
     return model
-
-
-def _load(auto: Any, path: str, field: str, **options: Any) -> Any:
-    try:
-        return auto.from_pretrained(path, **options)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{field}: cannot load {path}: {reason}") from error
 
 
 def _with_bos(tokenizer: Any, template: str) -> str:
@@ -200,21 +173,9 @@ def _gguf(config: Llava) -> dict[str, str]:
     return {"gguf_file": config.language_model.gguf_file} if config.language_model.gguf_file else {}
 
 
-def _from_scratch(values: dict[str, Any], field: str) -> Any:
-    try:
-        rest = {k: v for k, v in values.items() if k != "model_type"}
-        return AutoConfig.for_model(values["model_type"], **rest)
-    except ValueError as error:
-        raise UserError(f"{field}.config: {str(error).splitlines()[0]}") from None
-
-
 def _vision_config(part: Backbone) -> Any:
     field = "model.vision_tower"
-    if part.config is not None:
-        config = _from_scratch(part.config, field)
-    else:
-        config = _load(AutoConfig, str(part.path), field)
-        config = getattr(config, "vision_config", config)  # the vision half of a CLIP or SigLIP checkpoint
+    config = backbone_config(part, field, "vision_config")
     if config.model_type not in IMAGE_PROCESSORS:
         raise UserError(f"{field}: {config.model_type!r} is not supported; known: {', '.join(IMAGE_PROCESSORS)}")
     return config
@@ -223,29 +184,8 @@ def _vision_config(part: Backbone) -> Any:
 def _text_config(config: Llava) -> Any:
     part = config.language_model
     if part.config is not None:
-        return _from_scratch(part.config, "model.language_model")
-    return _load(AutoConfig, str(part.path), "model.language_model", **_gguf(config))
-
-
-def _image_processor(part: Backbone, vision: Any) -> Any:
-    if (part.path is not None and (Path(part.path) / "preprocessor_config.json").exists()) or (
-        part.path is not None and not Path(part.path).is_dir()
-    ):
-        return _load(AutoImageProcessor, part.path, "model.vision_tower")
-    cls = getattr(transformers, IMAGE_PROCESSORS[vision.model_type])
-    side = {"height": vision.image_size, "width": vision.image_size}
-    if vision.model_type in ("siglip_vision_model", "vit"):
-        return cls(size=side)
-    return cls(size={"shortest_edge": vision.image_size}, crop_size=side)
-
-
-def _square_size(image_processor: Any) -> int:
-    size = dict(
-        image_processor.crop_size if getattr(image_processor, "do_center_crop", False) else image_processor.size
-    )
-    if set(size) != {"height", "width"} or size["height"] != size["width"]:
-        raise UserError(f"model.vision_tower: its image processor does not give square images ({size})")
-    return size["height"]
+        return from_scratch(part.config, "model.language_model")
+    return load(AutoConfig, str(part.path), "model.language_model", **_gguf(config))
 
 
 def _probe_vision(vision: Any, size: int, config: Llava) -> tuple[int, int, set[str]]:

@@ -1,0 +1,110 @@
+"""Hugging Face models as parts: from a hub name, a folder or a configuration, whole or born sharded under ZeRO-3."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, SiglipTextConfig, SiglipTextModel
+
+from medvlm.config.model import Backbone
+from medvlm.errors import UserError
+
+IMAGE_PROCESSORS = {
+    "clip_vision_model": "CLIPImageProcessor",
+    "siglip_vision_model": "SiglipImageProcessor",
+    "vit": "ViTImageProcessor",
+    "dinov2": "BitImageProcessor",
+}
+AutoModel.register(SiglipTextConfig, SiglipTextModel, exist_ok=True)  # transformers lists only its vision tower
+TOWER = "vision_tower"
+"""Folder of an exported dual encoder in which its image tower lies as a model of its own."""
+
+
+def load(auto: Any, path: str, field: str, **options: Any) -> Any:
+    """``auto.from_pretrained``; what fails is a UserError that names ``field``."""
+    try:
+        return auto.from_pretrained(path, **options)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"{field}: cannot load {path}: {reason}") from error
+
+
+def from_scratch(values: dict[str, Any], field: str) -> Any:
+    """A configuration from a recipe's ``config``. Raises UserError for a model type that transformers lacks."""
+    try:
+        rest = {k: v for k, v in values.items() if k != "model_type"}
+        return AutoConfig.for_model(values["model_type"], **rest)
+    except ValueError as error:
+        raise UserError(f"{field}.config: {str(error).splitlines()[0]}") from None
+
+
+def tower_path(path: str) -> str:
+    """Where an image tower's weights are: of an exported dual encoder, in a folder of their own."""
+    return str(Path(path) / TOWER) if (Path(path) / TOWER / "config.json").exists() else path
+
+
+def backbone_config(part: Backbone, field: str, half: str) -> Any:
+    """``half`` is ``vision_config`` or ``text_config``: what counts of a CLIP's or SigLIP's configuration."""
+    if part.config is not None:
+        return from_scratch(part.config, field)
+    path = tower_path(str(part.path)) if half == "vision_config" else str(part.path)
+    config = load(AutoConfig, path, field)
+    return getattr(config, half, config)
+
+
+def load_tower(part: Backbone, config: Any, dtype: torch.dtype, field: str, **options: Any) -> Any:
+    """A model without output layers, such as half of a CLIP or SigLIP. Raises UserError where a weight is absent."""
+    if part.path is not None:
+        options["config"] = config
+    auto = AutoModel if part.path is None else transformers.MODEL_MAPPING[type(config)]
+    return load_backbone(auto, part, config, dtype, field, **options)
+
+
+def load_backbone(auto: Any, part: Backbone, config: Any, dtype: torch.dtype, field: str, **options: Any) -> Any:
+    """By an auto class or a class of transformers. Raises UserError where the folder lacks a weight of the model."""
+    if part.path is None:
+        return auto.from_config(config, dtype=dtype, **options)
+    path = tower_path(part.path) if field == f"model.{TOWER}" else part.path
+    model, info = load(auto, path, f"{field}.path", dtype=dtype, output_loading_info=True, **options)
+    # A tied layer is listed as missing by some versions though it shares the input embedding.
+    tied = set(getattr(model, "all_tied_weights_keys", {}))
+    if getattr(model.config, "tie_word_embeddings", False):
+        tied.add("lm_head.weight")
+    missing = set(info["missing_keys"]) - tied
+    if missing:
+        some = ", ".join(sorted(missing)[:3])
+        raise UserError(f"{field}.path: {part.path} lacks {len(missing)} weights of the model, among them {some}")
+    return model
+
+
+def image_processor_of(part: Backbone, vision: Any) -> Any:
+    """The tower's own, or of a tower from scratch its family's at the configuration's size."""
+    path = None if part.path is None else tower_path(part.path)
+    if path is not None and ((Path(path) / "preprocessor_config.json").exists() or not Path(path).is_dir()):
+        return load(AutoImageProcessor, path, "model.vision_tower")
+    cls = getattr(transformers, IMAGE_PROCESSORS[vision.model_type])
+    side = {"height": vision.image_size, "width": vision.image_size}
+    if vision.model_type in ("siglip_vision_model", "vit"):
+        return cls(size=side)
+    return cls(size={"shortest_edge": vision.image_size}, crop_size=side)
+
+
+def square_size(image_processor: Any) -> int:
+    """The side of its images. Raises UserError where they are not square."""
+    size = dict(
+        image_processor.crop_size if getattr(image_processor, "do_center_crop", False) else image_processor.size
+    )
+    if set(size) != {"height", "width"} or size["height"] != size["width"]:
+        raise UserError(f"model.vision_tower: its image processor does not give square images ({size})")
+    return size["height"]
+
+
+def zero3_switch(deepspeed_config: dict[str, Any] | None) -> Any:
+    """While what this returns is alive, transformers builds models sharded; None where ``deepspeed_config`` does not
+    say ZeRO-3."""
+    if not deepspeed_config or deepspeed_config["zero_optimization"]["stage"] != 3:
+        return None
+    from transformers.integrations import HfDeepSpeedConfig
+
+    return HfDeepSpeedConfig(deepspeed_config)

@@ -1,0 +1,193 @@
+"""The dual encoders: image tower and text tower, each with a head into one space (ConVIRT, MedCLIP, BioViL, CLIP)."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from medvlm.config.model import DualEncoder
+from medvlm.models.batch_norm import convert_batch_norm
+from medvlm.models.heads import Ceiling, Head, ImageHead
+from medvlm.models.poolings import pad_to, patch_tokens, pool_image, pool_patches, pool_text
+
+IGNORE = -100
+
+
+class Similarity(nn.Module):
+    """Scale and bias of the logits: scale x cosine + bias."""
+
+    def __init__(self, temperature: float, max_scale: float, bias: float | None):
+        super().__init__()
+        # one dimension, not none: deepspeed.initialize fails on parameters without
+        self.log_scale = nn.Parameter(torch.tensor([-math.log(temperature)]))
+        self.limit = math.log(max_scale)
+        self.bias = None if bias is None else nn.Parameter(torch.tensor([float(bias)]))
+
+    def forward(self) -> tuple[Tensor, ...]:
+        """Scale [], and bias [] if there is one, in fp32; the scale is at most ``max_scale``."""
+        scale = Ceiling.apply(self.log_scale.float(), self.limit).exp().sum()
+        return (scale,) if self.bias is None else (scale, self.bias.float().sum())
+
+
+class DualEncoderModel(nn.Module):
+    """``mean`` and ``std`` (per channel, of pixels in 0..1) normalise the uint8 images on the model's device.
+
+    Batch normalisation is that of `medvlm.models.batch_norm`. Every forward pass runs every part, whatever is in the
+    batch, as ranks of a ZeRO run must run the same modules in the same order.
+    """
+
+    choices: tuple[str, ...] = ()
+
+    def __init__(
+        self,
+        config: DualEncoder,
+        vision_tower: Any,
+        text_tower: Any,
+        *,
+        vision_dim: int,
+        text_dim: int,
+        text_length: int | None,
+        pad_token_id: int,
+        mean: list[float],
+        std: list[float],
+    ):
+        """``text_tower`` is an encoder, or a masked language model. ``text_length``: all texts are padded to it."""
+        super().__init__()
+        self.vision_tower: Any = vision_tower
+        self.vision_head = ImageHead(vision_dim, **head_options(config, "vision_head"))
+        self.text_tower: Any = text_tower
+        self.text_head = Head(features=text_dim, **head_options(config, "text_head"))
+        similarity = config.similarity
+        self.similarity = Similarity(similarity.temperature, similarity.max_scale, similarity.bias)
+        self.image_pooling, self.convolutional = config.vision_tower.pooling, config.vision_head.kind == "conv"
+        self.text_pooling, self.text_layers = config.text_tower.pooling, config.text_tower.pooling_layers
+        self.text_length, self.pad_token_id = text_length, pad_token_id
+        self.mean, self.std = mean, std
+        convert_batch_norm(self)
+
+    @property
+    def text_encoder(self) -> Any:
+        """Of a masked language model, what is below its output layer."""
+        return self.text_tower if self.masked_head is None else self.text_tower.base_model
+
+    @property
+    def masked_head(self) -> Any:
+        """Hidden states [N, D] -> logits [N, V], if the text tower is a masked language model."""
+        return getattr(self.text_tower, "cls", None) or getattr(self.text_tower, "lm_head", None)
+
+    def pixels(self, pixel_values: Tensor) -> Tensor:
+        """uint8 [I, 1 or 3, S, S] -> [I, 3, S, S], normalised, in the type of the tower's weights."""
+        options: dict[str, Any] = {"dtype": torch.float32, "device": pixel_values.device}
+        mean, std = (torch.tensor(v, **options).view(1, 3, 1, 1) for v in (self.mean, self.std))
+        return ((pixel_values.float() / 255 - mean) / std).to(next(self.vision_tower.parameters()).dtype)
+
+    def joint_grid(self, output: Any, prior_rows: int, has_prior: Tensor | None) -> Tensor:
+        """[I, D, h, w] by a convolutional head, from the tower's output for images and, after them, prior images."""
+        grid = patch_tokens(self.vision_tower, output)[1].permute(0, 3, 1, 2)
+        count = len(grid) - prior_rows
+        return self.vision_head(grid[:count], grid[count:] if prior_rows else None, has_prior)
+
+    def run_tower(
+        self, pixel_values: Tensor, prior_pixel_values: Tensor | None, has_prior: Tensor | None
+    ) -> tuple[Any, int, Tensor | None]:
+        """The tower's output for images and the prior images there are, the number of these, and whose they are.
+
+        One call for both: the same on all ranks, however many have prior images.
+        """
+        pixels = self.pixels(pixel_values)
+        if prior_pixel_values is None:
+            return self.vision_tower(pixels), 0, None
+        if self.vision_head.prior_image is None:
+            raise ValueError("prior images, but vision_head.prior_image is off")
+        if has_prior is None:
+            has_prior = torch.ones(len(pixels), dtype=torch.bool, device=pixels.device)
+        priors = self.pixels(prior_pixel_values[has_prior])
+        return self.vision_tower(torch.cat([pixels, priors])), len(priors), has_prior
+
+    def image_features(
+        self, pixel_values: Tensor, prior_pixel_values: Tensor | None = None, has_prior: Tensor | None = None
+    ) -> Tensor:
+        """uint8 [I, C, S, S], C 1 or 3 -> [I, D], not normalised.
+
+        Prior images [I, C, S, S] count where ``has_prior`` [I] is true, by default everywhere. Raises ValueError for
+        prior images that the model has no use for.
+        """
+        output, rows, has_prior = self.run_tower(pixel_values, prior_pixel_values, has_prior)
+        if self.convolutional:
+            return self.joint_grid(output, rows, has_prior).mean((2, 3))
+        return self.vision_head(pool_image(self.vision_tower, output, self.image_pooling))
+
+    def patch_features(
+        self, pixel_values: Tensor, prior_pixel_values: Tensor | None = None, has_prior: Tensor | None = None
+    ) -> Tensor:
+        """[I, h, w, D] in the joint space, not normalised: what the image's embedding would be if a patch were all that
+        there is to pool. Arguments as of `image_features`."""
+        output, rows, has_prior = self.run_tower(pixel_values, prior_pixel_values, has_prior)
+        if self.convolutional:
+            return self.joint_grid(output, rows, has_prior).permute(0, 2, 3, 1)
+        return self.vision_head(pool_patches(self.vision_tower, output, self.image_pooling))
+
+    def encode_text(self, input_ids: Tensor, attention_mask: Tensor | None) -> Any:
+        """The text encoder's output. Texts of a fixed length are padded to it and then take no mask."""
+        if self.text_length:
+            input_ids = pad_to(input_ids, attention_mask, self.text_length, self.pad_token_id)
+            attention_mask = None
+        deep = self.text_layers != [-1]
+        return self.text_encoder(input_ids=input_ids, attention_mask=attention_mask, output_hidden_states=deep)
+
+    def text_features(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """[T, L] -> [T, D], not normalised."""
+        return self.project_text(self.encode_text(input_ids, attention_mask), attention_mask)
+
+    def project_text(self, output: Any, attention_mask: Tensor | None) -> Tensor:
+        return self.text_head(pool_text(output, attention_mask, self.text_pooling, self.text_layers))
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        prior_pixel_values: Tensor | None = None,
+        has_prior: Tensor | None = None,
+        masked_ids: Tensor | None = None,
+        masked_labels: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """``image`` [I, D] and ``text`` [T, D], not normalised; ``scale`` [], and ``bias`` [] if there is one;
+        ``masked_loss`` [] if ``masked_ids`` are given: the sum of the losses of the tokens with labels.
+
+        pixel_values: uint8 [I, C, S, S], C 1 or 3; input_ids, attention_mask [T, L]; I and T may differ. Prior images
+        as of `image_features`. masked_ids [T, L]: the same texts with tokens masked; masked_labels [T, L]: what they
+        were, -100 elsewhere.
+        """
+        found = {"image": self.image_features(pixel_values, prior_pixel_values, has_prior)}
+        if masked_ids is None or masked_labels is None:
+            found["text"] = self.text_features(input_ids, attention_mask)
+        else:
+            found |= self._both_texts(input_ids, attention_mask, masked_ids, masked_labels)
+        return found | dict(zip(("scale", "bias"), self.similarity(), strict=False))
+
+    def _both_texts(
+        self, input_ids: Tensor, mask: Tensor | None, masked_ids: Tensor, labels: Tensor
+    ) -> dict[str, Tensor]:
+        """One pass of the encoder over the texts as they are and as they are masked."""
+        if self.masked_head is None:
+            raise ValueError("masked_ids: the text tower has no output layer; set objective.masked_language_modeling")
+        masks = None if mask is None else torch.cat([mask, mask])
+        output = self.encode_text(torch.cat([input_ids, masked_ids]), masks)
+        hidden = output.last_hidden_state[len(input_ids) :]
+        states = output.hidden_states
+        first = type(output)(
+            last_hidden_state=output.last_hidden_state[: len(input_ids)],
+            hidden_states=None if states is None else tuple(state[: len(input_ids)] for state in states),
+        )
+        chosen = labels != IGNORE
+        loss = cross_entropy(self.masked_head(hidden[chosen]).float(), labels[chosen], reduction="sum")
+        return {"text": self.project_text(first, mask), "masked_loss": loss}
+
+
+def head_options(config: DualEncoder, part: str) -> dict[str, Any]:
+    """What a recipe says of a head's layers."""
+    fields = {"kind", "hidden_dim", "activation", "norm", "bias", "prior_image"}
+    return {**getattr(config, part).model_dump(include=fields), "embedding_dim": config.embedding_dim}

@@ -1,0 +1,105 @@
+"""Small dual encoders for tests: a tokenizer with special tokens, towers of each kind, and their recipes' sections."""
+
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from toy import CLIP, SIGLIP
+from transformers import PreTrainedTokenizerFast
+
+from medvlm.config.model import DualEncoder
+
+WORDS = ["no", "the", "left", "right", "lung", "is", "heart", "normal", "enlarged", "effusion", "pneumonia", "small", "large", "new", "stable"]
+SPECIAL = ["[PAD]", "[UNK]", "[MASK]", "[CLS]", "[SEP]"]
+BERT = {
+    "model_type": "bert",
+    "hidden_size": 24,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "vocab_size": len(SPECIAL) + len(WORDS),
+    "max_position_embeddings": 40,
+    "initializer_range": 0.2,
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+}
+TEXT = {
+    "hidden_size": 24,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "vocab_size": BERT["vocab_size"],
+    "max_position_embeddings": 20,
+    "bos_token_id": 3,
+    "eos_token_id": 4,
+    "pad_token_id": 0,
+}
+CLIP_TEXT = {**TEXT, "model_type": "clip_text_model"}
+SIGLIP_TEXT = {**TEXT, "model_type": "siglip_text_model", "projection_size": 32}
+VIT = {**SIGLIP, "model_type": "vit", "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+DINOV2 = {**SIGLIP, "model_type": "dinov2", "mlp_ratio": 2}
+SWIN = {
+    "model_type": "swin",
+    "image_size": 32,
+    "patch_size": 4,
+    "embed_dim": 8,
+    "depths": [1, 1],
+    "num_heads": [2, 2],
+    "window_size": 4,
+    "drop_path_rate": 0.0,
+}
+RESNET = {"model_type": "resnet", "embedding_size": 8, "hidden_sizes": [16, 32], "depths": [1, 1]}
+VISION = {"vit": VIT, "clip": CLIP, "siglip": SIGLIP, "dinov2": DINOV2, "swin": SWIN, "resnet": RESNET}
+
+
+def make_bert_tokenizer(folder: Path) -> Path:
+    """Words are tokens; a text becomes [CLS] text [SEP]."""
+    tokens = {token: n for n, token in enumerate(SPECIAL + WORDS)}
+    tokenizer = Tokenizer(models.WordLevel(tokens, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 3), ("[SEP]", 4)]
+    )
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        mask_token="[MASK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        bos_token="[CLS]",
+        eos_token="[SEP]",
+        model_max_length=20,
+    ).save_pretrained(folder)
+    return folder
+
+
+def dual_values(folder: Path, vision: dict = VIT, text: dict = BERT, **overrides: Any) -> dict[str, Any]:
+    """The ``model`` section of a recipe; overrides are dotted keys with ``__`` for the dots."""
+    if not (folder / "bert-tokenizer").exists():
+        make_bert_tokenizer(folder / "bert-tokenizer")
+    values: dict[str, Any] = {
+        "family": "dual_encoder",
+        "vision_tower": {"config": vision},
+        "text_tower": {"config": text, "tokenizer": str(folder / "bert-tokenizer")},
+        "vision_head": {},
+        "text_head": {},
+        "similarity": {},
+        "embedding_dim": 16,
+    }
+    if vision["model_type"] == "resnet":
+        values["vision_tower"]["image_size"] = 32
+    for key, value in overrides.items():
+        *sections, last = key.split("__")
+        target = values
+        for section in sections:
+            target = target[section]
+        if value is None:
+            target.pop(last, None)
+        else:
+            target[last] = value
+    return values
+
+
+def dual_config(folder: Path, vision: dict = VIT, text: dict = BERT, **overrides: Any) -> DualEncoder:
+    return DualEncoder.model_validate(dual_values(folder, vision, text, **overrides))

@@ -1,0 +1,245 @@
+"""Dual encoders against transformers' own classes with the same weights, and poolings and heads by hand."""
+
+import math
+
+import pytest
+import torch
+from dual_toy import BERT, CLIP_TEXT, RESNET, SIGLIP_TEXT, VISION, VIT, dual_config
+from torch.nn.functional import cross_entropy, gelu, layer_norm, normalize
+from toy import CLIP, SIGLIP
+from transformers import AutoModel, BertForMaskedLM, CLIPConfig, SiglipConfig, VisionTextDualEncoderConfig
+
+from medvlm.config.objective import Objective
+from medvlm.errors import UserError
+from medvlm.models.build_dual_encoder import build_components, build_model
+
+MASKED = Objective(masked_language_modeling={})
+
+
+def built(folder, *towers, objective=None, **overrides):
+    config = dual_config(folder, *towers, **overrides)
+    parts = build_components(config, objective)
+    torch.manual_seed(1)
+    return config, parts, build_model(config, parts, torch.float32, seed=3).eval()
+
+
+def texts(parts, pad_side=None):
+    """Two of unequal length, padded to the longer: ids and mask [2, L]."""
+    found = parts.tokenizer(
+        ["no effusion", "the heart is enlarged new left effusion"], padding=True, return_tensors="pt"
+    )
+    return found["input_ids"], found["attention_mask"]
+
+
+def images(channels=3, count=2):
+    return torch.randint(0, 256, (count, channels, 32, 32), generator=torch.Generator().manual_seed(0)).byte()
+
+
+def stock(config, theirs, ours, names):
+    """A model of transformers with the weights of ours, by the pairs of their names."""
+    model = AutoModel.from_config(config).eval()
+    state = model.state_dict()
+    for key in state:
+        for old, new in names.items():
+            if key.startswith(old):
+                found = ours.state_dict()[new + key.removeprefix(old)]
+                state[key] = found.reshape(state[key].shape)
+    model.load_state_dict(state)
+    assert theirs in type(model).__name__
+    return model
+
+
+def logits(found):
+    return found["scale"] * normalize(found["image"], dim=-1) @ normalize(found["text"], dim=-1).T + found.get(
+        "bias", 0
+    )
+
+
+NAMES = {
+    "vision_model.": "vision_tower.",
+    "text_model.": "text_tower.",
+    "visual_projection.": "vision_head.linear_1.",
+    "text_projection.": "text_head.linear_1.",
+    "logit_scale": "similarity.log_scale",
+    "logit_bias": "similarity.bias",
+}
+
+
+def compare(model, parts, theirs, mask=True):
+    ids, attention = texts(parts)
+    found = model(images(), ids, attention)
+    if not mask:
+        ids = parts.tokenizer(
+            ["no effusion", "the heart is enlarged new left effusion"],
+            padding="max_length",
+            max_length=20,
+            return_tensors="pt",
+        )["input_ids"]
+    its = theirs(pixel_values=model.pixels(images()), input_ids=ids, **({"attention_mask": attention} if mask else {}))
+    for name, values in (("image", its.image_embeds), ("text", its.text_embeds)):
+        torch.testing.assert_close(normalize(found[name], dim=-1), values, atol=2e-6, rtol=0)
+    torch.testing.assert_close(logits(found), its.logits_per_image, atol=2e-5, rtol=0)
+    return found
+
+
+def test_clip_equals_transformers(tmp_path):
+    _, parts, model = built(tmp_path, CLIP, CLIP_TEXT, text_tower__pooling="pooler")
+    config = CLIPConfig(vision_config=CLIP, text_config=CLIP_TEXT, projection_dim=16)
+    compare(model, parts, stock(config, "CLIPModel", model, NAMES))
+
+
+def test_siglip_equals_transformers(tmp_path):
+    """Its texts are padded to the full length and take no mask: what a batch's other texts are makes no difference."""
+    _, parts, model = built(
+        *(tmp_path, SIGLIP, SIGLIP_TEXT),
+        **{"text_tower__pooling": "pooler", "vision_head__kind": "none", "text_head__kind": "none"},
+        **{"embedding_dim": 32, "similarity__bias": -10.0, "similarity__temperature": 0.1},
+    )
+    config = SiglipConfig(vision_config=SIGLIP, text_config=SIGLIP_TEXT)
+    compare(model, parts, stock(config, "SiglipModel", model, NAMES), mask=False)
+    ids, mask = texts(parts)
+    alone = model.text_features(ids[:1, :4], mask[:1, :4])
+    torch.testing.assert_close(alone, model.text_features(ids, mask)[:1])
+
+
+@pytest.mark.parametrize("vision", ["vit", "clip", "siglip", "dinov2", "swin"])
+def test_linear_heads_on_poolers_equal_vision_text_dual_encoder(tmp_path, vision):
+    _, parts, model = built(tmp_path, VISION[vision], BERT, text_tower__pooling="pooler")
+    config = VisionTextDualEncoderConfig.from_vision_text_configs(
+        parts.vision_config, parts.text_config, projection_dim=16
+    )
+    compare(model, parts, stock(config, "VisionTextDualEncoder", model, NAMES))
+
+
+def test_text_poolings_by_hand(tmp_path):
+    for pooling, layers in (("cls", [-1]), ("mean", [-1]), ("max", [-1]), ("mean", [1, 2, -1]), ("max", [0, 2])):
+        _, parts, model = built(tmp_path, text_tower__pooling=pooling, text_tower__pooling_layers=layers)
+        ids, mask = texts(parts)
+        hidden = model.text_tower(ids, attention_mask=mask, output_hidden_states=True).hidden_states
+        for row, count in enumerate(mask.sum(1).tolist()):
+            layer = sum(hidden[n][row] for n in layers) / len(layers)
+            expected = {"cls": layer[0], "mean": layer[:count].mean(0), "max": layer[:count].max(0).values}[pooling]
+            expected = model.text_head.linear_1.weight @ expected
+            torch.testing.assert_close(model.text_features(ids, mask)[row], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_image_poolings_by_hand(tmp_path):
+    for vision, pooling in (("vit", "cls"), ("vit", "mean"), ("dinov2", "max"), ("siglip", "mean"), ("clip", "cls")):
+        _, _, model = built(tmp_path, VISION[vision], vision_tower__pooling=pooling)
+        hidden = model.vision_tower(model.pixels(images())).last_hidden_state
+        if vision == "clip":
+            hidden = model.vision_tower.post_layernorm(hidden)
+        patches = hidden if vision == "siglip" else hidden[:, 1:]
+        assert patches.shape[1] == 4
+        pooled = {"cls": hidden[:, 0], "mean": patches.mean(1), "max": patches.max(1).values}[pooling]
+        torch.testing.assert_close(model.image_features(images()), pooled @ model.vision_head.linear_1.weight.T)
+        grid = model.patch_features(images())
+        torch.testing.assert_close(grid.flatten(1, 2), patches @ model.vision_head.linear_1.weight.T)
+
+
+@pytest.mark.parametrize("vision", VISION)
+def test_patches_have_a_place_in_the_joint_space(tmp_path, vision):
+    """An image of which every patch is the same has the embedding of its patches."""
+    _, _, model = built(tmp_path, VISION[vision])
+    grid = model.patch_features(images())
+    side = {"swin": 4, "resnet": 4}.get(vision, 2)
+    assert grid.shape == (2, side, side, 16)
+    if vision in ("swin", "resnet"):  # these pool by the mean, and their heads are linear
+        torch.testing.assert_close(grid.mean((1, 2)), model.image_features(images()))
+    grey = model.patch_features(images(1))
+    torch.testing.assert_close(grey, model.patch_features(images(1).expand(-1, 3, -1, -1)))
+
+
+def test_heads_by_hand(tmp_path):
+    options = {"kind": "mlp", "hidden_dim": 12, "activation": "gelu", "norm": "layer", "bias": True}
+    _, parts, model = built(tmp_path, text_head=options)
+    ids, mask = texts(parts)
+    x, head = model.text_tower(ids, attention_mask=mask).last_hidden_state[:, 0], model.text_head
+    hidden = gelu(x @ head.linear_1.weight.T + head.linear_1.bias)
+    hidden = layer_norm(hidden, (12,), head.norm.weight, head.norm.bias)
+    torch.testing.assert_close(model.text_features(ids, mask), hidden @ head.linear_2.weight.T + head.linear_2.bias)
+
+    options = {"kind": "conv", "hidden_dim": 12, "norm": "batch", "bias": True}
+    _, _, model = built(tmp_path, RESNET, vision_head=options)
+    x, head = model.vision_tower(model.pixels(images())).last_hidden_state, model.vision_head
+    assert head.linear_1.bias is None and head.linear_2.bias is not None
+    head.norm.running_mean.uniform_(-1, 1)
+    grid = torch.einsum("ichw,dc->idhw", x, head.linear_1.weight[:, :, 0, 0])
+    grid = (grid - head.norm.running_mean[:, None, None]) / (head.norm.running_var[:, None, None] + 1e-5).sqrt()
+    grid = torch.einsum("ichw,dc->ihwd", grid.relu(), head.linear_2.weight[:, :, 0, 0]) + head.linear_2.bias
+    torch.testing.assert_close(model.patch_features(images()), grid, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(model.image_features(images()), grid.mean((1, 2)), atol=1e-5, rtol=1e-5)
+
+
+def test_masked_language_modeling_is_berts_loss(tmp_path):
+    _, parts, model = built(tmp_path, objective=MASKED)
+    theirs = BertForMaskedLM(parts.text_config).eval()
+    theirs.load_state_dict(model.text_tower.state_dict())
+    ids, mask = texts(parts)
+    masked, labels = ids.clone(), torch.full_like(ids, -100)
+    for row, at in ((0, 1), (1, 2), (1, 5)):
+        masked[row, at], labels[row, at] = parts.tokenizer.mask_token_id, ids[row, at]
+    found = model(images(), ids, mask, masked_ids=masked, masked_labels=labels)
+    expected = theirs(masked, attention_mask=mask, labels=labels)
+    torch.testing.assert_close(found["masked_loss"], 3 * expected.loss)
+    torch.testing.assert_close(found["text"], model.text_features(ids, mask))
+    nothing = torch.full_like(ids, -100)
+    assert model(images(), ids, mask, masked_ids=masked, masked_labels=nothing)["masked_loss"] == 0
+    hidden = expected = theirs.bert(masked, attention_mask=mask).last_hidden_state
+    torch.testing.assert_close(
+        found["masked_loss"], cross_entropy(theirs.cls(hidden)[labels >= 0], labels[labels >= 0], reduction="sum")
+    )
+
+
+def test_scale_is_clamped_and_comes_back(tmp_path):
+    _, _, model = built(tmp_path, similarity__max_scale=20.0)
+    similarity = model.similarity
+    assert math.isclose(float(similarity()[0]), 1 / 0.07, rel_tol=1e-6)
+    with torch.no_grad():
+        similarity.log_scale.fill_(4.0)
+    for sign, passes in ((1, True), (-1, False)):
+        similarity.zero_grad()
+        scale = similarity()[0]
+        assert math.isclose(float(scale), 20, rel_tol=1e-6)
+        (sign * scale).backward()
+        assert bool(similarity.log_scale.grad) == passes
+
+
+def test_parameters_without_influence_are_named(tmp_path):
+    _, parts, _ = built(tmp_path, SIGLIP, vision_tower__pooling="mean", text_tower__pooling_layers=[0, 1])
+    assert {name.split(".")[0] for name in parts.unused["vision_tower"]} == {"head"}
+    assert {".".join(name.split(".")[:3]) for name in parts.unused["text_tower"]} == {
+        "encoder.layer.1",
+        "encoder.layer.2",
+    }
+    _, parts, model = built(tmp_path, RESNET, text_tower__pooling="mean")
+    assert not any(parts.unused.values())
+    assert parts.text_limit == 40 and parts.image_size == 32
+    _, parts, _ = built(tmp_path, text={**BERT, "model_type": "roberta", "pad_token_id": 0})
+    assert parts.text_limit == 39  # its first position is that of the padding token
+
+
+@pytest.mark.parametrize(
+    ("towers", "overrides", "message"),
+    [
+        ((SIGLIP, BERT), {"vision_tower__pooling": "cls"}, "vision_tower.pooling: .*no class token"),
+        ((VIT, CLIP_TEXT), {}, "text_tower.pooling: cls is a token that sees no other"),
+        ((VIT, {**CLIP_TEXT, "eos_token_id": 9}), {"text_tower__pooling": "pooler"}, "does not end texts with it"),
+        ((VIT, BERT), {"text_tower__pooling_layers": [4]}, "beyond the tower's 3 layers"),
+        ((VIT, BERT), {"vision_head__kind": "none"}, "embedding_dim to be the tower's 32"),
+        ((VIT, {**BERT, "vocab_size": 10}), {}, "20 tokens, the text tower 10"),
+        ((VIT, BERT), {"vision_tower__image_size": 64}, "only a convolutional tower"),
+        (({**VIT, "model_type": "beit"}, BERT), {}, "'beit' is not supported"),
+        ((VIT, BERT), {"text_tower__tokenizer": None}, "text_tower.tokenizer: .* needs a tokenizer"),
+    ],
+)
+def test_what_does_not_fit_is_refused(tmp_path, towers, overrides, message):
+    with pytest.raises(UserError, match=message):
+        built(tmp_path, *towers, **overrides)
+
+
+def test_masking_needs_a_masked_language_model(tmp_path):
+    with pytest.raises(UserError, match="masked_language_modeling"):
+        built(tmp_path, VIT, CLIP_TEXT, objective=MASKED, text_tower__pooling="mean")
+    with pytest.raises(UserError, match="pooler"):
+        built(tmp_path, objective=MASKED, text_tower__pooling="pooler")
