@@ -9,7 +9,23 @@ from transformers import PreTrainedTokenizerFast
 
 from medvlm.config.model import DualEncoder
 
-WORDS = ["no", "the", "left", "right", "lung", "is", "heart", "normal", "enlarged", "effusion", "pneumonia", "small", "large", "new", "stable"]
+WORDS = [
+    "no",
+    "the",
+    "left",
+    "right",
+    "lung",
+    "is",
+    "heart",
+    "normal",
+    "enlarged",
+    "effusion",
+    "pneumonia",
+    "small",
+    "large",
+    "new",
+    "stable",
+]
 SPECIAL = ["[PAD]", "[UNK]", "[MASK]", "[CLS]", "[SEP]"]
 BERT = {
     "model_type": "bert",

@@ -2,12 +2,22 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from dual_toy import BERT, CLIP_TEXT, RESNET, SIGLIP_TEXT, VISION, VIT, dual_config
+from torch import nn
 from torch.nn.functional import cross_entropy, gelu, layer_norm, normalize
 from toy import CLIP, SIGLIP
-from transformers import AutoModel, BertForMaskedLM, CLIPConfig, SiglipConfig, VisionTextDualEncoderConfig
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    BertForMaskedLM,
+    CLIPConfig,
+    ConvNextImageProcessor,
+    SiglipConfig,
+    VisionTextDualEncoderConfig,
+)
 
 from medvlm.config.objective import Objective
 from medvlm.errors import UserError
@@ -212,7 +222,7 @@ def test_parameters_without_influence_are_named(tmp_path):
         "encoder.layer.1",
         "encoder.layer.2",
     }
-    _, parts, model = built(tmp_path, RESNET, text_tower__pooling="mean")
+    _, parts, _ = built(tmp_path, RESNET, text_tower__pooling="mean")
     assert not any(parts.unused.values())
     assert parts.text_limit == 40 and parts.image_size == 32
     _, parts, _ = built(tmp_path, text={**BERT, "model_type": "roberta", "pad_token_id": 0})
@@ -243,3 +253,80 @@ def test_masking_needs_a_masked_language_model(tmp_path):
         built(tmp_path, VIT, CLIP_TEXT, objective=MASKED, text_tower__pooling="mean")
     with pytest.raises(UserError, match="pooler"):
         built(tmp_path, objective=MASKED, text_tower__pooling="pooler")
+
+
+def prior_model(folder):
+    conv = {"kind": "conv", "prior_image": {"width": 16, "layers": 2, "heads": 4}}
+    return built(folder, RESNET, vision_head=conv)[2]
+
+
+def test_difference_from_a_prior_image_by_hand(tmp_path):
+    """Two rows, of which the second has a prior image, with PyTorch's own attention."""
+    model = prior_model(tmp_path)
+    pooler = model.vision_head.prior_image
+    grid = model.vision_tower(model.pixels(images(3, 3))).last_hidden_state
+    joined = pooler(grid[:2], grid[2:], torch.tensor([False, True]))
+    reduced = torch.einsum("ichw,dc->idhw", grid, pooler.reduce.weight[:, :, 0, 0])
+    torch.testing.assert_close(joined[:, :16], reduced[:2], atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(joined[0, 16:], pooler.missing[:, None, None].expand(-1, 4, 4))
+
+    place = torch.zeros(4, 4, 16)  # DETR's: sine and cosine of the row's angle, then of the column's
+    for row in range(4):
+        for column in range(4):
+            for half, at in enumerate((row, column)):
+                for k in range(4):
+                    angle = (at + 1) / 4 * 2 * math.pi / 10000 ** (k / 4)
+                    place[row, column, 8 * half + 2 * k] = math.sin(angle)
+                    place[row, column, 8 * half + 2 * k + 1] = math.cos(angle)
+    positions = torch.cat([place.flatten(0, 1) + pooler.time[n] for n in range(2)])
+    x = torch.cat([reduced[1].flatten(1).T, reduced[2].flatten(1).T])
+    for block in pooler.blocks:
+        theirs = nn.MultiheadAttention(16, 4, batch_first=True).eval()
+        with torch.no_grad():
+            theirs.in_proj_weight.copy_(torch.cat([block.query.weight, block.key.weight, block.value.weight]))
+            theirs.in_proj_bias.zero_()
+            theirs.out_proj.weight.copy_(block.out.weight)
+        seen = block.norm_1(x) + positions
+        x = x + theirs(seen[None], seen[None], seen[None])[0][0]
+        x = x + block.down(gelu(block.up(block.norm_2(x))))
+    expected = pooler.norm(x)[:16].T.view(16, 4, 4)
+    torch.testing.assert_close(joined[1, 16:], expected, atol=1e-5, rtol=1e-4)
+
+
+def test_prior_images_belong_to_their_rows(tmp_path):
+    model = prior_model(tmp_path)
+    current, prior = images(3, 3), images(1, 4)[1:]
+    together = model.image_features(current, prior, torch.tensor([True, False, True]))
+    alone = torch.cat(
+        [
+            model.image_features(current[:1], prior[:1]),
+            model.image_features(current[1:2]),
+            model.image_features(current[2:], prior[2:]),
+        ]
+    )
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-4)
+    swapped = model.image_features(current, prior.flip(0), torch.tensor([True, False, True]))
+    assert (swapped - together).abs().amax(1).gt(1e-4).tolist() == [True, False, True]
+    patches = model.patch_features(current, prior, torch.tensor([True, False, True]))
+    torch.testing.assert_close(patches.mean((1, 2)), together, atol=1e-5, rtol=1e-4)
+    _, _, plain = built(tmp_path, RESNET, vision_head={"kind": "conv"})
+    with pytest.raises(ValueError, match="prior_image is off"):
+        plain.image_features(current, prior)
+
+
+@pytest.mark.parametrize("size", [64, 384])
+def test_a_convnext_processor_is_taken_as_one_that_crops(tmp_path, size):
+    """ResNet's processor resizes by a share of its own, which training must follow; pixels equal its own."""
+    own = ConvNextImageProcessor(size={"shortest_edge": size}, crop_pct=0.875)
+    config = AutoConfig.for_model(**RESNET)
+    AutoModel.from_config(config).save_pretrained(tmp_path / "resnet")
+    own.save_pretrained(tmp_path / "resnet")
+    section = {"path": str(tmp_path / "resnet")}
+    parts = build_components(dual_config(tmp_path, RESNET, vision_tower=section), None)
+    assert parts.image_size == size
+    picture = np.random.default_rng(0).integers(0, 256, (500, 400, 3), dtype=np.uint8)
+    found, expected = (p(picture, return_tensors="pt")["pixel_values"] for p in (parts.image_processor, own))
+    torch.testing.assert_close(found, expected)
+    larger = {**section, "image_size": 96}
+    parts = build_components(dual_config(tmp_path, RESNET, vision_tower=larger), None)
+    assert parts.image_processor(picture, return_tensors="pt")["pixel_values"].shape == (1, 3, 96, 96)

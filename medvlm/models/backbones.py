@@ -15,6 +15,7 @@ IMAGE_PROCESSORS = {
     "siglip_vision_model": "SiglipImageProcessor",
     "vit": "ViTImageProcessor",
     "dinov2": "BitImageProcessor",
+    "swin": "ViTImageProcessor",
 }
 AutoModel.register(SiglipTextConfig, SiglipTextModel, exist_ok=True)  # transformers lists only its vision tower
 TOWER = "vision_tower"
@@ -55,18 +56,15 @@ def backbone_config(part: Backbone, field: str, half: str) -> Any:
 
 def load_tower(part: Backbone, config: Any, dtype: torch.dtype, field: str, **options: Any) -> Any:
     """A model without output layers, such as half of a CLIP or SigLIP. Raises UserError where a weight is absent."""
-    if part.path is not None:
-        options["config"] = config
-    auto = AutoModel if part.path is None else transformers.MODEL_MAPPING[type(config)]
-    return load_backbone(auto, part, config, dtype, field, **options)
-
-
-def load_backbone(auto: Any, part: Backbone, config: Any, dtype: torch.dtype, field: str, **options: Any) -> Any:
-    """By an auto class or a class of transformers. Raises UserError where the folder lacks a weight of the model."""
     if part.path is None:
-        return auto.from_config(config, dtype=dtype, **options)
+        return AutoModel.from_config(config, dtype=dtype, **options)
     path = tower_path(part.path) if field == f"model.{TOWER}" else part.path
-    model, info = load(auto, path, f"{field}.path", dtype=dtype, output_loading_info=True, **options)
+    return load_whole(transformers.MODEL_MAPPING[type(config)], path, f"{field}.path", dtype, config=config, **options)
+
+
+def load_whole(auto: Any, path: str, field: str, dtype: torch.dtype, **options: Any) -> Any:
+    """By an auto class or a class of transformers. Raises UserError where the folder lacks a weight of the model."""
+    model, info = load(auto, path, field, dtype=dtype, output_loading_info=True, **options)
     # A tied layer is listed as missing by some versions though it shares the input embedding.
     tied = set(getattr(model, "all_tied_weights_keys", {}))
     if getattr(model.config, "tie_word_embeddings", False):
@@ -74,18 +72,25 @@ def load_backbone(auto: Any, part: Backbone, config: Any, dtype: torch.dtype, fi
     missing = set(info["missing_keys"]) - tied
     if missing:
         some = ", ".join(sorted(missing)[:3])
-        raise UserError(f"{field}.path: {part.path} lacks {len(missing)} weights of the model, among them {some}")
+        raise UserError(f"{field}: {path} lacks {len(missing)} weights of the model, among them {some}")
     return model
 
 
-def image_processor_of(part: Backbone, vision: Any) -> Any:
-    """The tower's own, or of a tower from scratch its family's at the configuration's size."""
+def own_image_processor(part: Backbone) -> Any:
+    """That of a tower's folder or hub name; None of a tower from scratch, or a folder without."""
     path = None if part.path is None else tower_path(part.path)
-    if path is not None and ((Path(path) / "preprocessor_config.json").exists() or not Path(path).is_dir()):
-        return load(AutoImageProcessor, path, "model.vision_tower")
+    if path is None or (Path(path).is_dir() and not (Path(path) / "preprocessor_config.json").exists()):
+        return None
+    return load(AutoImageProcessor, path, "model.vision_tower")
+
+
+def image_processor_of(part: Backbone, vision: Any) -> Any:
+    """The tower's own, or else its family's at the size that its configuration says."""
+    if own := own_image_processor(part):
+        return own
     cls = getattr(transformers, IMAGE_PROCESSORS[vision.model_type])
     side = {"height": vision.image_size, "width": vision.image_size}
-    if vision.model_type in ("siglip_vision_model", "vit"):
+    if vision.model_type in ("siglip_vision_model", "vit", "swin"):
         return cls(size=side)
     return cls(size={"shortest_edge": vision.image_size}, crop_size=side)
 

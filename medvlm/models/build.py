@@ -14,13 +14,12 @@ from medvlm.data.conversation import multimodal_template
 from medvlm.data.schema import IMAGE_MARK
 from medvlm.errors import UserError
 from medvlm.models.backbones import (
-    IMAGE_PROCESSORS,
     backbone_config,
     from_scratch,
     image_processor_of,
     load,
-    load_backbone,
     load_tower,
+    load_whole,
     square_size,
     zero3_switch,
 )
@@ -35,6 +34,7 @@ from medvlm.models.kernels import (
 from medvlm.models.multi_modal_projector import PROJECTORS
 from medvlm.models.vision_language_model import VisionLanguageModel, select_features
 
+VISION_TOWERS = ("clip_vision_model", "siglip_vision_model", "vit", "dinov2")
 VOCABULARY_MULTIPLE = 64
 
 
@@ -155,9 +155,12 @@ def build_model(
 
 
 def _language_model(part: LanguageModel, config: Any, dtype: torch.dtype, attention: str | None) -> Any:
-    field, gguf = "model.language_model", part.gguf_file
-    options: dict[str, Any] = {"gguf_file": gguf} if gguf else {}
-    model = load_backbone(AutoModelForCausalLM, part, config, dtype, field, attn_implementation=attention, **options)
+    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention}
+    if part.path is None:
+        return AutoModelForCausalLM.from_config(config, **options)
+    if part.gguf_file:
+        options["gguf_file"] = part.gguf_file
+    model = load_whole(AutoModelForCausalLM, part.path, "model.language_model.path", **options)
     if config.vocab_size > model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(config.vocab_size, mean_resizing=False)
     return model
@@ -176,8 +179,8 @@ def _gguf(config: Llava) -> dict[str, str]:
 def _vision_config(part: Backbone) -> Any:
     field = "model.vision_tower"
     config = backbone_config(part, field, "vision_config")
-    if config.model_type not in IMAGE_PROCESSORS:
-        raise UserError(f"{field}: {config.model_type!r} is not supported; known: {', '.join(IMAGE_PROCESSORS)}")
+    if config.model_type not in VISION_TOWERS:
+        raise UserError(f"{field}: {config.model_type!r} is not supported; known: {', '.join(VISION_TOWERS)}")
     return config
 
 

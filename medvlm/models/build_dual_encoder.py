@@ -22,8 +22,9 @@ from medvlm.models.backbones import (
     backbone_config,
     image_processor_of,
     load,
-    load_backbone,
     load_tower,
+    load_whole,
+    own_image_processor,
     square_size,
     zero3_switch,
 )
@@ -109,8 +110,10 @@ def build_model(
     options = _without_pooler(parts.vision_config, config.vision_tower.pooling)
     vision = load_tower(config.vision_tower, parts.vision_config, dtype, "model.vision_tower", **options)
     field = "model.text_tower"
-    if parts.masked:
-        text = load_backbone(AutoModelForMaskedLM, config.text_tower, parts.text_config, dtype, field)
+    if parts.masked and config.text_tower.path:
+        text = load_whole(AutoModelForMaskedLM, config.text_tower.path, f"{field}.path", dtype)
+    elif parts.masked:
+        text = AutoModelForMaskedLM.from_config(parts.text_config, dtype=dtype)
     else:
         options = _without_pooler(parts.text_config, config.text_tower.pooling)
         text = load_tower(config.text_tower, parts.text_config, dtype, field, **options)
@@ -204,15 +207,10 @@ def _tokenizer(config: DualEncoder, text: Any) -> Any:
 
 def _image_processor(part: ImageEncoder, vision: Any) -> Any:
     """The tower's own; a ConvNeXT processor, ResNet's, in the terms of one that says how it resizes and crops."""
-    if vision.model_type == "swin" and part.path is None:
-        return ViTImageProcessor(size={"height": vision.image_size, "width": vision.image_size})
     if vision.model_type != CONVOLUTIONAL:
         processor = image_processor_of(part, vision)
     else:
-        size = part.image_size or IMAGE_SIZE
-        processor = ConvNextImageProcessor(size={"shortest_edge": size}, crop_pct=1.0)
-        if part.path is not None:
-            processor = image_processor_of(part, vision)
+        processor = own_image_processor(part) or ConvNextImageProcessor(size={"shortest_edge": IMAGE_SIZE})
     if isinstance(processor, ConvNextImageProcessor):
         processor = _as_crop(processor)
     if part.image_size in (None, square_size(processor)):

@@ -70,7 +70,7 @@ class Block(nn.Module):
         query, key, value = (
             layer(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for layer in (self.query, self.key, self.value)
         )
-        mixed = scaled_dot_product_attention(query, key, value, dropout_p=DROPOUT if self.training else 0.0)
+        mixed = scaled_dot_product_attention(query, key, value, dropout_p=self.dropout.p if self.training else 0.0)
         return self.dropout(self.out(mixed.transpose(1, 2).flatten(2)))
 
     def forward(self, x: Tensor, positions: Tensor) -> Tensor:
