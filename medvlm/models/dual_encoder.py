@@ -1,6 +1,5 @@
 """The dual encoders: image tower and text tower, each with a head into one space (ConVIRT, MedCLIP, BioViL, CLIP)."""
 
-import math
 from typing import Any
 
 import torch
@@ -9,29 +8,13 @@ from torch.nn.functional import cross_entropy
 
 from medvlm.config.model import DualEncoder
 from medvlm.models.batch_norm import convert_batch_norm
-from medvlm.models.heads import Ceiling, Head, ImageHead
-from medvlm.models.poolings import pad_to, patch_tokens, pool_image, pool_patches, pool_text
+from medvlm.models.heads import Head, ImageHead
+from medvlm.models.joint_space import JointSpace, Similarity
 
 IGNORE = -100
 
 
-class Similarity(nn.Module):
-    """Scale and bias of the logits: scale x cosine + bias."""
-
-    def __init__(self, temperature: float, max_scale: float, bias: float | None):
-        super().__init__()
-        # one dimension, not none: deepspeed.initialize fails on parameters without
-        self.log_scale = nn.Parameter(torch.tensor([-math.log(temperature)]))
-        self.limit = math.log(max_scale)
-        self.bias = None if bias is None else nn.Parameter(torch.tensor([float(bias)]))
-
-    def forward(self) -> tuple[Tensor, ...]:
-        """Scale [], and bias [] if there is one, in fp32; the scale is at most ``max_scale``."""
-        scale = Ceiling.apply(self.log_scale.float(), self.limit).exp().sum()
-        return (scale,) if self.bias is None else (scale, self.bias.float().sum())
-
-
-class DualEncoderModel(nn.Module):
+class DualEncoderModel(JointSpace, nn.Module):
     """``mean`` and ``std`` (per channel, of pixels in 0..1) normalise the uint8 images on the model's device.
 
     Batch normalisation is that of `medvlm.models.batch_norm`. Every forward pass runs every part, whatever is in the
@@ -83,29 +66,6 @@ class DualEncoderModel(nn.Module):
         mean, std = (torch.tensor(v, **options).view(1, 3, 1, 1) for v in (self.mean, self.std))
         return ((pixel_values.float() / 255 - mean) / std).to(next(self.vision_tower.parameters()).dtype)
 
-    def joint_grid(self, output: Any, prior_rows: int, has_prior: Tensor | None) -> Tensor:
-        """[I, D, h, w] by a convolutional head, from the tower's output for images and, after them, prior images."""
-        grid = patch_tokens(self.vision_tower, output)[1].permute(0, 3, 1, 2)
-        count = len(grid) - prior_rows
-        return self.vision_head(grid[:count], grid[count:] if prior_rows else None, has_prior)
-
-    def run_tower(
-        self, pixel_values: Tensor, prior_pixel_values: Tensor | None, has_prior: Tensor | None
-    ) -> tuple[Any, int, Tensor | None]:
-        """The tower's output for images and the prior images there are, the number of these, and whose they are.
-
-        One call for both: the same on all ranks, however many have prior images.
-        """
-        pixels = self.pixels(pixel_values)
-        if prior_pixel_values is None:
-            return self.vision_tower(pixels), 0, None
-        if self.vision_head.prior_image is None:
-            raise ValueError("prior images, but vision_head.prior_image is off")
-        if has_prior is None:
-            has_prior = torch.ones(len(pixels), dtype=torch.bool, device=pixels.device)
-        priors = self.pixels(prior_pixel_values[has_prior])
-        return self.vision_tower(torch.cat([pixels, priors])), len(priors), has_prior
-
     def image_features(
         self, pixel_values: Tensor, prior_pixel_values: Tensor | None = None, has_prior: Tensor | None = None
     ) -> Tensor:
@@ -114,35 +74,25 @@ class DualEncoderModel(nn.Module):
         Prior images [I, C, S, S] count where ``has_prior`` [I] is true, by default everywhere. Raises ValueError for
         prior images that the model has no use for.
         """
-        output, rows, has_prior = self.run_tower(pixel_values, prior_pixel_values, has_prior)
-        if self.convolutional:
-            return self.joint_grid(output, rows, has_prior).mean((2, 3))
-        return self.vision_head(pool_image(self.vision_tower, output, self.image_pooling))
+        return self.embed_images(self.pixels(pixel_values), *self._priors(prior_pixel_values, has_prior))
 
     def patch_features(
         self, pixel_values: Tensor, prior_pixel_values: Tensor | None = None, has_prior: Tensor | None = None
     ) -> Tensor:
-        """[I, h, w, D] in the joint space, not normalised: what the image's embedding would be if a patch were all that
-        there is to pool. Arguments as of `image_features`."""
-        output, rows, has_prior = self.run_tower(pixel_values, prior_pixel_values, has_prior)
-        if self.convolutional:
-            return self.joint_grid(output, rows, has_prior).permute(0, 2, 3, 1)
-        return self.vision_head(pool_patches(self.vision_tower, output, self.image_pooling))
+        """[I, h, w, D] in the joint space, not normalised, as of `JointSpace.embed_patches`; arguments as of
+        `image_features`."""
+        return self.embed_patches(self.pixels(pixel_values), *self._priors(prior_pixel_values, has_prior))
 
-    def encode_text(self, input_ids: Tensor, attention_mask: Tensor | None) -> Any:
-        """The text encoder's output. Texts of a fixed length are padded to it and then take no mask."""
-        if self.text_length:
-            input_ids = pad_to(input_ids, attention_mask, self.text_length, self.pad_token_id)
-            attention_mask = None
-        deep = self.text_layers != [-1]
-        return self.text_encoder(input_ids=input_ids, attention_mask=attention_mask, output_hidden_states=deep)
+    def _priors(self, pixel_values: Tensor | None, has_prior: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        if pixel_values is None:
+            return None, None
+        if has_prior is None:
+            has_prior = torch.ones(len(pixel_values), dtype=torch.bool, device=pixel_values.device)
+        return self.pixels(pixel_values[has_prior]), has_prior
 
     def text_features(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """[T, L] -> [T, D], not normalised."""
-        return self.project_text(self.encode_text(input_ids, attention_mask), attention_mask)
-
-    def project_text(self, output: Any, attention_mask: Tensor | None) -> Tensor:
-        return self.text_head(pool_text(output, attention_mask, self.text_pooling, self.text_layers))
+        return self.embed_texts(input_ids, attention_mask)
 
     def forward(
         self,

@@ -5,7 +5,6 @@ Imports only PyTorch: exported folders carry this file.
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from medvlm.models.prior_image import PriorImagePooler
@@ -71,18 +70,3 @@ class ImageHead(Head):
         if self.prior_image is not None:
             features = self.prior_image(features, priors, has_prior)
         return super().forward(features)
-
-
-class Ceiling(torch.autograd.Function):
-    """The lesser of x and a limit. Above it the gradient passes if a step against it lowers x, so x can come back."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, limit: float) -> Tensor:
-        ctx.save_for_backward(x)
-        ctx.limit = limit
-        return x.clamp(max=limit)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        (x,) = ctx.saved_tensors
-        return gradient * ((x <= ctx.limit) | (gradient > 0)), None
