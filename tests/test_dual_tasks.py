@@ -3,10 +3,13 @@
 import io
 import itertools
 import json
+import re
+import shlex
 
 import numpy as np
 import pytest
 import torch
+from conftest import REPO
 from dual import KINDS, make_dual
 from PIL import Image
 from sklearn import metrics as reference
@@ -497,3 +500,25 @@ def test_the_command_line_takes_the_options_of_a_task(world, tmp_path, capsys, m
     ):
         code, _, err = run(*more)
         assert code == 2 and message in err, err
+
+
+def test_the_documented_commands_run(world, tmp_path, capsys, monkeypatch):
+    """Those of docs/evaluate.md on phantoms, word by word, with a small model and few phantoms in their place."""
+    from medvlm import cli
+
+    _, folders = world
+    page = (REPO / "docs" / "evaluate.md").read_text()
+    monkeypatch.chdir(tmp_path)
+    phantom.generate(tmp_path / "phantom", images=170, size=64, shares=(0.4, 0.1, 0.5), workers=1)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "clip-model").symlink_to(folders["clip"])
+    (tmp_path / "prompts.yaml").write_text(re.search(r"<!-- prompts -->\n```yaml\n(.*?)```", page, re.S).group(1))
+    lines = [line for line in page.splitlines() if line.startswith("medvlm evaluate") and "--data phantom/" in line]
+    assert {shlex.split(line)[shlex.split(line).index("--task") + 1] for line in lines} == set(OPTIONS)
+    for line in lines:
+        monkeypatch.setattr("sys.argv", shlex.split(line))
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        shown = capsys.readouterr()
+        assert not end.value.code, f"{line}: {shown.err}"
+        assert "results.json" in shown.out.replace("\n", "")
