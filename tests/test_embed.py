@@ -52,17 +52,25 @@ def test_embeddings_are_those_of_transformers_whatever_the_batch(folders, pictur
     assert not np.allclose(raw.norm(dim=1), 1) and torch.allclose(torch.nn.functional.normalize(raw), image, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["clip", *(f"{tower}-bert" for tower in TOWERS)])
+@pytest.mark.parametrize("kind", ["clip", "siglip", *(f"{tower}-bert" for tower in TOWERS)])
 def test_patches_go_where_the_class_token_goes(tmp_path, pictures, kind, monkeypatch):
     """A tower whose tokens are all its class token (or, of Swin, which pools, its mean) has the image's embedding in
     every patch."""
     embedder = Embedder(make_dual(tmp_path / kind, kind))
     image, patches = (f(pictures, normalized=False) for f in (embedder.images, embedder.patches))
-    assert patches.shape == (5, 4, 4, 16) and patches.flatten(1, 2).std(1).min() > 1e-4
+    wide = 32 if kind == "siglip" else 16
+    assert patches.shape == (5, 4, 4, wide) and patches.flatten(1, 2).std(1).min() > 1e-4
     if kind == "swin-bert":
         torch.testing.assert_close(patches.mean((1, 2)), image, atol=1e-5, rtol=1e-4)
         return
     tower = embedder.model.vision_model
+    if kind == "siglip":
+        with torch.inference_mode():  # one token, or many that are alike
+            pool, tokens = tower.head, torch.randn(3, 1, 32)
+            torch.testing.assert_close(pool(tokens), pool(tokens.expand(3, 16, 32)), atol=1e-5, rtol=1e-4)
+            hidden = tower(pixel_values=embedder.pixels(pictures)["pixel_values"]).last_hidden_state
+            torch.testing.assert_close(patches[:, 1, 2], pool(hidden[:, 6:7]), atol=1e-5, rtol=1e-4)
+        return
     seen = tower.forward
 
     def same_tokens(*arguments, **options):
@@ -71,7 +79,7 @@ def test_patches_go_where_the_class_token_goes(tmp_path, pictures, kind, monkeyp
         return out
 
     monkeypatch.setattr(tower, "forward", same_tokens)
-    expected = image[:, None, None].expand(5, 4, 4, 16)
+    expected = image[:, None, None].expand(5, 4, 4, wide)
     torch.testing.assert_close(embedder.patches(pictures, normalized=False), expected, atol=1e-5, rtol=1e-4)
 
 
@@ -90,11 +98,6 @@ def test_patches_lie_in_the_order_of_the_picture(folders):
     changed.paste(Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 8), dtype=np.uint8)), (24, 8))
     before, after = embedder.patches([grey, changed], normalized=False)
     assert (after - before).norm(dim=-1).flatten().argmax() == 1 * 4 + 3
-
-
-def test_patches_of_an_attention_pool_are_refused(folders, pictures):
-    with pytest.raises(UserError, match="SiglipModel are not in the joint space"):
-        Embedder(folders["siglip"]).patches(pictures)
 
 
 def test_long_texts_are_cut_and_counted(folders):
@@ -137,6 +140,9 @@ def test_code_that_comes_with_a_folder_runs_only_when_asked(folders, tmp_path, p
     assert torch.equal(embedder.texts(TEXTS), Embedder(folders["clip"]).texts(TEXTS))
     patches = embedder.patches(pictures)
     assert patches.shape == (5, 2, 3, 16)
+    delattr(type(embedder.model), "get_image_patch_features")
+    with pytest.raises(UserError, match="how the patches of OwnModel come into the joint space is not known"):
+        embedder.patches(pictures)
     torch.testing.assert_close(patches[:, 1, 2], embedder.images(pictures))
 
 

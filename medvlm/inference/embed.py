@@ -84,7 +84,8 @@ class Embedder:
         positions = getattr(text, "max_position_embeddings", None)
         if positions is not None and "roberta" in str(getattr(text, "model_type", "")):
             positions -= text.pad_token_id + 1  # its positions begin after that of the padding
-        known = [n for n in (self.tokenizer.model_max_length, positions) if n is not None and n < NO_LENGTH]
+        padded = getattr(self.model.config, "text_length", None)  # of medvlm's own form, which pads all texts to it
+        known = [n for n in (self.tokenizer.model_max_length, positions, padded) if n is not None and n < NO_LENGTH]
         if not known:
             raise UserError(f"{self.name}: no limit of a text is known; set model_max_length in tokenizer_config.json")
         return min(known)
@@ -120,9 +121,9 @@ class Embedder:
     def patches(self, images: Sequence[Image.Image], batch_size: int = 32, *, normalized: bool = True) -> Tensor:
         """Pictures -> [N, h, w, D]: the patches of each, in the joint space.
 
-        A model with ``get_image_patch_features(pixel_values) -> [N, h, w, D]`` is asked. In CLIP and in
-        VisionTextDualEncoder all that lies between the class token and the image's embedding is applied to each patch's
-        token instead. Raises UserError for other models, such as SigLIP, whose head attends to all patches at once.
+        A model with ``get_image_patch_features(pixel_values) -> [N, h, w, D]`` is asked. Of CLIP, SigLIP and
+        VisionTextDualEncoder a patch's embedding is what the image's would be if this patch were all that there is to
+        pool. Raises UserError for other models.
         """
         return self._all(images, self._patches, batch_size, normalized, "patches")
 
@@ -140,11 +141,10 @@ class Embedder:
         if own is not None:
             return own(values)
         kind = type(self.model).__name__
-        head = getattr(self.model, "visual_projection", None)
-        if kind not in ("CLIPModel", "VisionTextDualEncoderModel") or head is None:
+        if kind not in ("CLIPModel", "SiglipModel", "VisionTextDualEncoderModel"):
             raise UserError(
-                f"{self.name}: the patches of {kind} are not in the joint space; a model may offer them by a method "
-                "get_image_patch_features"
+                f"{self.name}: how the patches of {kind} come into the joint space is not known; a model may say it "
+                "by a method get_image_patch_features"
             )
         tower = self.model.vision_model
         tokens = tower(pixel_values=values, return_dict=True).last_hidden_state
@@ -160,9 +160,12 @@ class Embedder:
         inner = getattr(tower, "vision_model", tower)
         if config.model_type.startswith("clip"):  # other towers give tokens that are normalised already
             tokens = inner.post_layernorm(tokens)
-        if hasattr(getattr(inner, "pooler", None), "dense"):  # a ViT's, which takes the first token of a sequence
-            tokens = inner.pooler(tokens.flatten(0, 1)[:, None]).unflatten(0, tokens.shape[:2])
-        return head(tokens).unflatten(1, (height, width))
+        # a ViT's, which takes the first token of a sequence, or SigLIP's, which attends to all
+        pool: Any = inner.head if kind == "SiglipModel" else getattr(inner, "pooler", None)
+        if kind == "SiglipModel" or hasattr(pool, "dense"):
+            tokens = pool(tokens.flatten(0, 1)[:, None]).unflatten(0, tokens.shape[:2])
+        head = getattr(self.model, "visual_projection", None)
+        return (tokens if head is None else head(tokens)).unflatten(1, (height, width))
 
     @torch.inference_mode()
     def _all(
