@@ -8,7 +8,7 @@ from typing import Any
 
 from medvlm.config.schema import RunConfig
 from medvlm.errors import UserError
-from medvlm.training import checkpoint, distributed, preemption, validation, watch
+from medvlm.training import checkpoint, collapse, distributed, preemption, validation, watch
 from medvlm.training.boundary import Interrupted, Stop
 from medvlm.training.gauges import Gauges
 from medvlm.training.guard import Guard
@@ -143,7 +143,11 @@ def _advance(session: Session, parts: Parts, last: int) -> None:
 
 
 def _evaluate(session: Session, parts: Parts) -> None:
-    parts.write({"step": session.step, **session.family.validate(session)})
+    found: dict[str, Any] = {"step": session.step, **session.family.validate(session)}
+    if parts.meters and (told := collapse.warning(collapse.earlier(session.run / "metrics.jsonl"), found)):
+        print(f"warning: {told}", flush=True)
+        found["warning"] = told
+    parts.write(found)
 
 
 def _roll_back(session: Session, parts: Parts, back: Path) -> None:

@@ -5,11 +5,12 @@ A new family is a section in ``medvlm/config/model.py``, a model, a module here,
 
 from medvlm.config.model import Model
 from medvlm.training.families.base import Family, Outcome, Pass
+from medvlm.training.families.dual_encoder import DUAL_ENCODER
 from medvlm.training.families.llava import LLAVA
 
 __all__ = ["FAMILIES", "Family", "Outcome", "Pass", "family_of"]
 
-FAMILIES: dict[str, Family] = {"llava": LLAVA}
+FAMILIES: dict[str, Family] = {"llava": LLAVA, "dual_encoder": DUAL_ENCODER}
 
 
 def family_of(config: Model) -> Family:
