@@ -12,10 +12,10 @@ import torch
 from medvlm.config.load import load_recipe
 from medvlm.config.schema import RunConfig
 from medvlm.data.order import digest
-from medvlm.models.build import Components, build_components, build_model
 from medvlm.models.trainable import apply_trainable
-from medvlm.models.vision_language_model import VisionLanguageModel
 from medvlm.training import checkpoint, feed
+from medvlm.training.families import family_of
+from medvlm.training.families.dual_encoder import loss_share
 from medvlm.training.optimizer import parameter_groups
 from medvlm.training.schedule import learning_rate_factor
 
@@ -24,12 +24,22 @@ def metrics(folder: Path, name: str) -> list[dict]:
     return [json.loads(line) for line in (folder / "runs" / name / "metrics.jsonl").read_text().splitlines()]
 
 
-def initialised(config: RunConfig, parts: Components, dtype: torch.dtype = torch.float32) -> VisionLanguageModel:
+def initialised(config: RunConfig, parts: Any, dtype: torch.dtype = torch.float32) -> Any:
     """The model of a recipe with the weights of the run in its ``init_from``."""
-    model = build_model(config.model, parts, dtype)
+    model = family_of(config.model).build(config, parts, dtype, None)
     source = checkpoint.newest(Path(str(config.model.init_from)))
     checkpoint.load_weights(model, checkpoint.consolidate(source), "init")
     return model
+
+
+def whole_loss(config: RunConfig, model: Any, batch: Any) -> torch.Tensor:
+    """Of a global batch that is one micro-batch of one rank."""
+    out = model(**batch.inputs(torch.device("cpu")))
+    if config.model.family == "llava":
+        return out / batch.supervised_tokens
+    loss = loss_share(config.objective, [out], [batch])
+    masked = config.objective.masked_language_modeling
+    return loss + masked.weight * out["masked_loss"] / batch.masked_tokens if masked else loss
 
 
 def clip_by_global_norm(model: torch.nn.Module) -> float:
@@ -51,13 +61,15 @@ def plain_pytorch(
     from 0, without one. Of weights that are not in fp32 the optimizer has copies that are, as mixed precision means it.
     """
     config = load_recipe(str(recipe))
-    parts = build_components(config.model)
+    family = family_of(config.model)
+    parts = family.components(config)
     model = build(config, parts)
     apply_trainable(model, config.model, parts.unused)
     data = feed.training_data(config, parts)
     lengths = feed.count_lengths(config, data, progress=False) if feed.needs_lengths(config.data) else None
     plan = feed.make_plan(config, data, lengths)
-    data.collate = partial(data.collate, padding_free=False)  # padded, whatever the recipe says
+    if config.model.family == "llava":
+        data.collate = partial(data.collate, padding_free=False)  # padded, whatever the recipe says
     groups = parameter_groups(model, config)
     peaks = [g["lr"] for g in groups]
     low = [p for group in groups for p in group["params"] if p.dtype != torch.float32]
@@ -69,7 +81,7 @@ def plain_pytorch(
         now = [peak * learning_rate_factor(step, config.training.steps, 1) for peak in peaks]
         for group, rate in zip(updates.param_groups, rates(step) if rates else now, strict=True):
             group["lr"] = rate
-        loss = model(**batch.inputs(torch.device("cpu"))) / batch.supervised_tokens
+        loss = whole_loss(config, model, batch)
         model.zero_grad(set_to_none=False)
         loss.backward()
         norm = clip(model)

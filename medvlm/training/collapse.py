@@ -15,7 +15,7 @@ def earlier(metrics: Path) -> list[dict[str, Any]]:
 
 
 def warning(before: list[dict[str, Any]], now: dict[str, Any]) -> str | None:
-    """A sentence if the loss is lower than it was when a modality's RankMe was highest, and that rank is mostly lost."""
+    """A sentence if the loss is lower than when a modality's RankMe was highest, and much of that rank is lost."""
     for name in RANKS:
         ranked = [row for row in before if name in row]
         if name not in now or not ranked:
@@ -23,8 +23,8 @@ def warning(before: list[dict[str, Any]], now: dict[str, Any]) -> str | None:
         best = max(ranked, key=lambda row: row[name])
         if now["eval_loss"] < best["eval_loss"] and now[name] < LOST * best[name]:
             return (
-                f"the embeddings collapse: {name.removeprefix('eval_')} fell from {best[name]:.1f} (step {best['step']}) "
-                f"to {now[name]:.1f} while the loss fell from {best['eval_loss']:.4f} to {now['eval_loss']:.4f}; see "
-                "temperature, learning rates and batch size"
+                f"embeddings collapse: {name.removeprefix('eval_')} fell from {best[name]:.1f} at step {best['step']} "
+                f"to {now[name]:.1f} while the loss fell from {best['eval_loss']:.4f} to {now['eval_loss']:.4f}; "
+                "see temperature, learning rates and batch size"
             )
     return None

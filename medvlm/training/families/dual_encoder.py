@@ -74,7 +74,7 @@ class DualEncoderFamily(Family):
             image_size=parts.image_size,
             labels=len(encoder.labels),
             prior=encoder.prior,
-            masking=encoder.tokens.masking is not None,
+            masking=masking is not None and training,
             paired=paired,
         )
         return MicroBatches(open_shards(data, paths), encoder, form)
@@ -162,7 +162,7 @@ class DualEncoderFamily(Family):
     def unit(self, model: nn.Module, part: str, module: nn.Module, rows: Tensor) -> str:
         if part in self.image_parts:
             return "images"
-        if module in model.masked_head_modules():  # type: ignore[operator]
+        if model.masked_head is not None and module in set(model.masked_head.modules()):  # type: ignore[union-attr, operator]
             return "masked_tokens"
         return "texts" if rows.dim() == 2 else "tokens"
 
@@ -189,16 +189,21 @@ def _real(out: dict[str, Tensor], batch: PairBatch) -> dict[str, Tensor]:
 
 def loss_share(objective: Objective, outs: Sequence[dict[str, Tensor]], batches: Sequence[PairBatch]) -> Tensor:
     """This rank's share of the contrastive loss over the global batch, of the embeddings of its micro-batches."""
-    image, text = (torch.cat([out[name] for out in outs]).float() for name in ROWS)
-    scale = outs[0]["scale"].float()
+    image, text = (_precise(torch.cat([out[name] for out in outs])) for name in ROWS)
+    scale = _precise(outs[0]["scale"])
     if objective.kind == "info_nce":
         return contrastive.info_nce(image, text, scale, objective.image_weight)
     if objective.kind == "sigmoid":
-        return contrastive.sigmoid(image, text, scale, outs[0]["bias"].float())
+        return contrastive.sigmoid(image, text, scale, _precise(outs[0]["bias"]))
     image_labels = torch.cat([b.image_labels[: b.images] for b in batches if b.image_labels is not None])
     text_labels = torch.cat([b.text_labels[: b.texts] for b in batches if b.text_labels is not None])
     labels = image_labels.to(image.device), text_labels.to(text.device)
     return contrastive.semantic_matching(image, text, *labels, scale, objective.label_similarity)
+
+
+def _precise(values: Tensor) -> Tensor:
+    """In fp32 at least: exponentials of scale x cosine are not to be rounded to bf16."""
+    return values if values.dtype == torch.float64 else values.float()
 
 
 def _masked_share(given: Pass, out: dict[str, Tensor]) -> Tensor:
@@ -216,7 +221,7 @@ def _gradient(leaf: Tensor) -> Tensor:
 def _outcome(outs: Sequence[dict[str, Tensor]], share: Tensor, masked: Tensor) -> Outcome:
     finite = [all(bool(out[name].isfinite().all()) for name in ROWS) for out in outs]
     components = {"contrastive": share, "masked_language_modeling": masked} if "masked_loss" in outs[0] else {}
-    values = {name: float(outs[0][name]) for name in ("scale", "bias") if name in outs[0]}
+    values: dict[str, float] = {name: float(outs[0][name]) for name in ("scale", "bias") if name in outs[0]}
     return Outcome((share + masked).double(), finite, components, values)
 
 

@@ -1,0 +1,193 @@
+"""Dual encoders through the same loop: plain PyTorch with one large batch, gradient caching, uneven ranks."""
+
+import json
+from contextlib import nullcontext
+
+import pytest
+import torch
+from conftest import launch
+from dual_toy import CLIP_TEXT, RESNET, SWIN
+from dual_world import make_pairs, pairs_recipe
+from plain import assert_same_run, metrics, plain_pytorch, whole_loss
+
+from medvlm.config.load import load_recipe
+from medvlm.training import feed
+from medvlm.training.families import Pass, family_of
+
+MASKED = {"kind": "info_nce", "masked_language_modeling": {"weight": 0.3, "probability": 0.2}}
+SIGMOID = {"objective": {"kind": "sigmoid"}, "model__similarity": {"temperature": 0.1, "bias": -3.0}}
+CASES = {
+    "convirt": {"objective": {"kind": "info_nce", "image_weight": 0.75}, "data__pairs": {"text": "sentence"}},
+    "sigmoid": SIGMOID,
+    "medclip": {"objective": {"kind": "semantic_matching"}, "model__text_tower__pooling": "mean"},
+    "masked": {"objective": MASKED},
+}
+FAST = {"training__steps": 6, "training__global_batch_size": 8}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = make_pairs(tmp_path_factory.mktemp("pairs"))
+    for name, options in CASES.items():
+        first = {**options, "training__steps": 1, "training__zero": "zero1"}
+        launch(pairs_recipe(folder, f"init-{name}", **first), ranks=1)
+    return folder
+
+
+def recipe(folder, case, name, **options):
+    start = {"model__init_from": str(folder / "runs" / f"init-{case}")}
+    return pairs_recipe(folder, name, **{**CASES[case], **FAST, **start, **options})
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("zero", ["zero3", "zero1"])
+def test_two_ranks_and_cached_gradients_equal_one_large_batch(folder, case, zero):
+    """Two ranks of two micro-batches of two pairs; plain PyTorch takes the eight at once."""
+    path = recipe(folder, case, f"{case}-{zero}", training__zero=zero)
+    launch(path)
+    assert_same_run(metrics(folder, f"{case}-{zero}"), plain_pytorch(path))
+
+
+def test_three_ranks_share_the_last_batch_of_an_epoch_unevenly(folder):
+    """32 phantoms or so in batches of 9: the last one leaves ranks with one pair, or with none."""
+    options = {"training__global_batch_size": 9, "training__micro_batch_size": 3, "training__epochs": 1}
+    path = recipe(folder, "convirt", "uneven", training__steps=None, training__zero="zero2", **options)
+    launch(path, ranks=3)
+    found = metrics(folder, "uneven")
+    assert found[-1]["pairs"] < 9
+    config = load_recipe(str(path))
+    steps = {"training__steps": len(found), "training__epochs": None}
+    again = recipe(folder, "convirt", "uneven-plain", **{**options, **steps}, training__zero="zero2")
+    assert [row["batch_digest"] for row in found] == [row["batch_digest"] for row in plain_pytorch(again)]
+    assert_same_run(found, plain_pytorch(again))
+    assert config.training.epochs == 1
+
+
+class Alone:
+    """What the passes need of an engine, without DeepSpeed."""
+
+    def __init__(self, model):
+        self.model, self.module = model, model
+
+    def __call__(self, **inputs):
+        return self.model(**inputs)
+
+    def backward(self, loss):
+        loss.backward()
+
+    def step(self):
+        return
+
+
+def gradients(config, batches, dropout_seed=7):
+    family = family_of(config.model)
+    parts = family.components(config)
+    model = family.build(config, parts, torch.float64, None).train()
+    counts = {name: sum(getattr(b, name) for b in batches) for name in family.counted}
+    targets = sum(b.targets for b in batches)
+    given = Pass(
+        config, Alone(model), torch.device("cpu"), targets, counts, 1, 1, dropout_seed, lambda _: nullcontext()
+    )
+    outcome = family.passes(given, batches)
+    return model, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}, outcome
+
+
+def batches_of(config, size):
+    data = feed.training_data(config, family_of(config.model).components(config))
+    return [data[[(n, 0) for n in range(start, start + size)]] for start in range(0, 12, size)]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_cached_gradients_equal_uncached_ones(folder, case):
+    """In fp64, so that what differs is the method and not the order of sums."""
+    config = load_recipe(str(recipe(folder, case, f"cached-{case}", model__init_from=None)))
+    model, cached, outcome = gradients(config, batches_of(config, 3))
+    [whole] = batches_of(config, 12)
+    model.zero_grad()
+    loss = whole_loss(config, model, whole)
+    loss.backward()
+    assert float(outcome.share) == pytest.approx(float(loss), rel=1e-7)
+    for name, p in model.named_parameters():
+        if p.grad is not None:
+            torch.testing.assert_close(cached[name], p.grad, rtol=1e-6, atol=1e-9, msg=name)
+
+
+@pytest.mark.parametrize("vision", [SWIN, RESNET], ids=["drop-path", "batch-norm"])
+def test_what_is_random_or_of_a_batch_is_the_same_in_both_passes(folder, vision):
+    """Dropout draws the same masks, batch statistics are those of the micro-batch: the loss is one of features that
+    the graph of the second pass gives again."""
+    text = {**CLIP_TEXT, "attention_dropout": 0.3}
+    vision = {**vision, "drop_path_rate": 0.4} if vision is SWIN else vision
+    options = {"model__text_tower__pooling": "mean", "model__init_from": None}
+    config = load_recipe(str(pairs_recipe(folder, "random", vision, text, **options)))
+    batches = batches_of(config, 4)
+    seen = []
+    family = family_of(config.model)
+    model = family.build(config, family.components(config), torch.float32, None).train()
+
+    class Watched(Alone):
+        def __call__(self, **inputs):
+            out = self.model(**inputs)
+            seen.append((torch.is_grad_enabled(), out["image"].detach(), out["text"].detach()))
+            return out
+
+    given = Pass(config, Watched(model), torch.device("cpu"), 12, {}, 1, 3, 7, lambda _: nullcontext())
+    family.passes(given, batches)
+    assert [enabled for enabled, *_ in seen] == [False] * 3 + [True] * 3
+    for (_, *first), (_, *second) in zip(seen[:3], seen[3:], strict=True):
+        for a, b in zip(first, second, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=0)
+    assert not torch.equal(seen[0][1], seen[1][1])
+
+
+def test_a_nan_names_its_micro_batch(folder):
+    config = load_recipe(str(recipe(folder, "convirt", "nan", model__init_from=None)))
+    family = family_of(config.model)
+    model = family.build(config, family.components(config), torch.float32, None)
+    batches = batches_of(config, 4)
+
+    class Broken(Alone):
+        calls = 0
+
+        def __call__(self, **inputs):
+            out = self.model(**inputs)
+            self.calls += 1
+            return out | {"text": out["text"] * float("nan")} if self.calls % 3 == 2 else out
+
+    given = Pass(config, Broken(model), torch.device("cpu"), 12, {}, 1, 3, 7, lambda _: nullcontext())
+    assert family.passes(given, batches).finite == [True, False, True]
+
+
+def test_a_run_goes_on_where_it_stopped(folder):
+    """Running statistics of the batch, dropout, masks and sampled sentences included; on another number of ranks the
+    batches are the same."""
+    options = {**CASES["masked"], "data__pairs": {"text": "sentence"}, "training__zero": "zero2", **FAST}
+    shape = {"model__vision_head": {"kind": "conv", "norm": "batch"}, "model__vision_tower__image_size": 32}
+    whole = pairs_recipe(folder, "whole", RESNET, **options, **shape)
+    launch(whole)
+    parted = pairs_recipe(folder, "parted", RESNET, **options, **shape, training__checkpoint_every=3)
+    launch(parted, "training.stop_after=3")
+    launch(parted)
+    rows = [metrics(folder, name) for name in ("whole", "parted")]
+    assert [r["loss"] for r in rows[0]] == [r["loss"] for r in rows[1]]
+    assert {"contrastive", "masked_language_modeling"} == rows[0][0]["losses"].keys()
+
+
+def test_embeddings_are_looked_at_during_training(folder):
+    shards = str(folder / "pairs" / "validation")
+    launch(recipe(folder, "convirt", "watched", data__validation=[shards], training__evaluate_every=2))
+    evaluated = [row for row in metrics(folder, "watched") if "eval_loss" in row]
+    assert [row["step"] for row in evaluated] == [2, 4, 6]
+    assert {"eval_rankme_image", "eval_modality_gap", "eval_image_to_text_recall_at_1"} <= evaluated[0].keys()
+    assert json.dumps(evaluated)
+
+
+def test_a_collapse_is_said():
+    from medvlm.training import collapse
+
+    rows = [{"step": 10, "eval_loss": 3.0, "eval_rankme_image": 40.0, "eval_rankme_text": 30.0}]
+    rows += [{"step": 20, "eval_loss": 2.9, "eval_rankme_image": 38.0, "eval_rankme_text": 31.0}]
+    assert collapse.warning(rows[:1], rows[1]) is None
+    narrow = {"step": 30, "eval_loss": 2.5, "eval_rankme_image": 12.0, "eval_rankme_text": 30.0}
+    assert "rankme_image fell from 40.0 at step 10 to 12.0 while the loss fell" in collapse.warning(rows, narrow)
+    assert collapse.warning(rows, narrow | {"eval_loss": 3.5}) is None, "a loss that rises says it by itself"
