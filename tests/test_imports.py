@@ -21,7 +21,9 @@ ALLOWED = {
     "medvlm.config": {"medvlm.errors"},
     "medvlm.data": {"medvlm.errors"},
     "medvlm.models": {"medvlm.errors", "medvlm.config", "medvlm.data", "medvlm.objectives"},
-    "medvlm.training": {"medvlm.errors", "medvlm.config", "medvlm.data", "medvlm.models", "medvlm.measures"},
+    "medvlm.training": {
+        *("medvlm.errors", "medvlm.config", "medvlm.data", "medvlm.models", "medvlm.measures", "medvlm.objectives"),
+    },
     "medvlm.inference": {
         *("medvlm.errors", "medvlm.data.dicom", "medvlm.data.pixels", "medvlm.data.nifti", "medvlm.data.series"),
         "medvlm.data.volume_slices",
