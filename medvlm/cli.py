@@ -143,6 +143,7 @@ def evaluate(
     batch_size: int = 16,
     max_new_tokens: int = 32,
     seed: int = 0,
+    view: Annotated[list[str] | None, typer.Option(help="Only pictures of it; may be given several times.")] = None,
     k: Annotated[list[int] | None, typer.Option(help="retrieval, precision_at_k; may be given several times.")] = None,
     section: Annotated[str | None, typer.Option(help="Text of a report: findings, impression or both.")] = None,
     other_patients: Annotated[bool | None, typer.Option("--other-patients", help="retrieval: rivals only.")] = None,
@@ -166,7 +167,7 @@ def evaluate(
         "aggregate": aggregate,
     }
     given |= {"k": k or None, "uncertain": uncertain, "unmentioned": unmentioned, "seeds": seeds}
-    given |= {"phrase": phrase, "pictures": pictures}
+    given |= {"phrase": phrase, "pictures": pictures, "view": view or None}
     evaluation.run(
         folder,
         task,

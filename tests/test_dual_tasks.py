@@ -124,6 +124,13 @@ def test_an_image_of_one_class_only(labels, exclusive, expected):
     assert only_class(picture, ["A", "B", "C"], exclusive) == expected
 
 
+def test_a_limit_and_a_view_choose_pictures():
+    views = ["PA", "LATERAL", "PA", "AP", "PA", None]
+    reader = Reader([{"labels": {"A": 1}, "images": [{**BASE["images"][0], "view": v}]} for v in views])
+    assert [p.key for p in load_pictures(reader, None, 0, views=["PA", "AP"])] == ["s0", "s2", "s3", "s4"]
+    assert len(load_pictures(reader, 2, 0)) == 2 and load_pictures(reader, 2, 0) == load_pictures(reader, 2, 0)
+
+
 # ---- retrieval
 
 
@@ -478,11 +485,27 @@ def test_the_command_line_takes_the_options_of_a_task(world, tmp_path, capsys, m
         return end.value.code, captured.out, captured.err
 
     code, out, _ = run(
-        "--task", "retrieval", "--k", "1", "--k", "3", "--section", "findings", "--limit", "30", "--json"
+        "--task",
+        "retrieval",
+        "--k",
+        "1",
+        "--k",
+        "3",
+        "--section",
+        "findings",
+        "--view",
+        "PA",
+        "--limit",
+        "30",
+        "--json",
     )
     results = json.loads(out)
     assert not code and results["settings"]["k"] == [1, 3] and results["n"] == 30
-    assert results["settings"]["section"] == "findings" and "image_to_text_recall_at_3" in results
+    assert (
+        results["settings"]["section"] == "findings"
+        and results["settings"]["view"] == ["PA"]
+        and "image_to_text_recall_at_3" in results
+    )
     for more, message in (
         (
             ("--task", "retrieval", "--prompts", "chexzero"),
@@ -492,6 +515,7 @@ def test_the_command_line_takes_the_options_of_a_task(world, tmp_path, capsys, m
         (("--task", "zero_shot", "--aggregate", "median"), "--aggregate: "),
         (("--task", "zero_shot", "--prompts", "nowhere"), "--prompts: no set 'nowhere'"),
         (("--task", "retrieval", "--k", "0"), "--k: must be positive"),
+        (("--task", "zero_shot", "--view", "oblique"), "no image has labels of view oblique"),
         (("--trust-remote-code",), "--trust-remote-code: task vqa"),
     ):
         code, _, err = run(*more)

@@ -28,6 +28,7 @@ def load(reader: Any, limit: int | None, seed: int, options: SpaceOptions) -> li
         limit,
         seed,
         section=options.section,
+        views=options.view,
         wanted=lambda picture: picture.number == 0 and picture.text is not None,
         missing=f"no image has a report with {options.section.replace('both', 'findings or impression')}",
     )

@@ -44,7 +44,9 @@ class Phrase(NamedTuple):
 
 def load(reader: Any, limit: int | None, seed: int, options: GroundingOptions) -> list[Phrase]:
     """One phrase per picture and label of its boxes; all boxes with that label are its place."""
-    pictures = load_pictures(reader, None, seed, wanted=lambda p: bool(p.boxes), missing="no image has boxes")
+    pictures = load_pictures(
+        reader, None, seed, views=options.view, wanted=lambda p: bool(p.boxes), missing="no image has boxes"
+    )
     phrases = []
     for picture in pictures:
         for label in dict.fromkeys(box.label for box in picture.boxes):

@@ -40,7 +40,7 @@ class Data:
 
 
 def load(reader: Any, limit: int | None, seed: int, options: ProbeOptions) -> list[Picture]:
-    return load_pictures(reader, limit, seed, wanted=has_labels, missing="no image has labels")
+    return load_pictures(reader, limit, seed, views=options.view, wanted=has_labels, missing="no image has labels")
 
 
 def probe(train: Data, validation: Data, test: Data, label: int) -> np.ndarray | None:

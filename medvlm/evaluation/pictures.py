@@ -56,10 +56,13 @@ def load_pictures(
     seed: int,
     *,
     section: Section = "both",
+    views: Sequence[str] = (),
     wanted: Callable[[Picture], bool] = lambda picture: True,
     missing: str = "no sample has an image",
 ) -> list[Picture]:
-    """Every picture that is ``wanted``, in the order of the shards; ``limit`` draws that many with ``seed``.
+    """Every picture that is ``wanted``, of these ``views`` or of all, in the order of the shards.
+
+    ``limit`` draws that many with ``seed``.
 
     Raises UserError that says what is ``missing`` where there is none, and for volumes.
     """
@@ -83,10 +86,11 @@ def load_pictures(
                 sample_index=index,
                 reader=reader,
             )
-            if wanted(picture):
+            if wanted(picture) and (not views or image.view in views):
                 found.append(picture)
     if not found or limit == 0:
-        raise UserError(f"there is nothing to evaluate in {len(reader)} sample(s): {missing}")
+        of = f" of view {' or '.join(views)}" if views else ""
+        raise UserError(f"there is nothing to evaluate in {len(reader)} sample(s): {missing}{of}")
     return drawn(found, limit, seed)
 
 

@@ -36,7 +36,7 @@ class PrecisionOptions(Options):
 
 def load(reader: Any, limit: int | None, seed: int, options: PrecisionOptions) -> list[Picture]:
     load_prompts(options.prompts)
-    return load_pictures(reader, limit, seed, wanted=has_labels, missing="no image has labels")
+    return load_pictures(reader, limit, seed, views=options.view, wanted=has_labels, missing="no image has labels")
 
 
 def precision_at(similarity: torch.Tensor, right: torch.Tensor, k: int) -> torch.Tensor:

@@ -46,6 +46,7 @@ def load(reader: Any, limit: int | None, seed: int, options: RetrievalOptions) -
         limit,
         seed,
         section=options.section,
+        views=options.view,
         wanted=lambda picture: picture.text is not None,
         missing=f"no image has a report with {options.section.replace('both', 'findings or impression')}",
     )

@@ -38,6 +38,7 @@ class Options(BaseModel):
     """What a task of its own lets the user choose; the base of each task's."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+    view: tuple[str, ...] = ()  # only pictures of these views, or all
 
 
 class Context(NamedTuple):

@@ -37,7 +37,7 @@ class ZeroShotOptions(Options):
 
 def load(reader: Any, limit: int | None, seed: int, options: ZeroShotOptions) -> list[Picture]:
     load_prompts(options.prompts)  # a mistake in it is told before any work
-    return load_pictures(reader, limit, seed, wanted=has_labels, missing="no image has labels")
+    return load_pictures(reader, limit, seed, views=options.view, wanted=has_labels, missing="no image has labels")
 
 
 def class_scores(images: Tensor, prompts: Tensor, aggregate: Aggregate) -> Tensor:
