@@ -111,10 +111,10 @@ def export(
     ema: Annotated[bool, typer.Option(help="The moving average of the weights, see training.ema_decay.")] = False,
     adapter: Annotated[bool, typer.Option(help="Of a LoRA run: write the PEFT adapter instead of merging it.")] = False,
     base: Annotated[Path | None, typer.Option(help="The folder that the adapter sits on; OUT/base by default.")] = None,
-    proof: Annotated[bool, typer.Option(help="Compare logits; needs memory for the model in fp32.")] = True,
+    proof: Annotated[bool, typer.Option(help="Compare answers; needs memory for the model in fp32.")] = True,
     as_json: Json = False,
 ) -> None:
-    """Write a stock Hugging Face folder and prove it: logits of a fresh process against the training model's."""
+    """Write a Hugging Face folder and prove it: logits or embeddings of a fresh process against the training model's."""
     if adapter:
         from medvlm.export.adapter import export_adapter
 
@@ -122,7 +122,7 @@ def export(
             raise UserError("--no-proof: an adapter is always proven; leave it out")
         result = export_adapter(run, out, base, checkpoint, ema)
     else:
-        from medvlm.export.llava import export_run
+        from medvlm.export import export_run
 
         if base:
             raise UserError("--base: is the folder that an adapter sits on; add --adapter")

@@ -10,7 +10,8 @@ from safetensors.torch import save_file
 
 from medvlm.config.model import Model
 from medvlm.errors import UserError
-from medvlm.export.llava import open_run, stock_name, trained_model, values_of_identity, verify, write_llava
+from medvlm.export.llava import stock_name, trained_model, values_of_identity, verify, write_llava
+from medvlm.export.writing import open_run
 from medvlm.models import lora
 from medvlm.models.build import build_components
 from medvlm.models.trainable import part_config

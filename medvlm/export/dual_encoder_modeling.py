@@ -33,6 +33,7 @@ class DualEncoderConfig(PretrainedConfig):
         text_pooling: str = "cls",
         text_layers: list[int] | None = None,
         text_length: int | None = None,
+        text_pad_token_id: int = 0,
         max_scale: float = 100.0,
         has_bias: bool = False,
         **options: Any,
@@ -50,6 +51,7 @@ class DualEncoderConfig(PretrainedConfig):
         self.text_head = text_head or {"kind": "none", "features": 768, "embedding_dim": 768}
         self.image_pooling, self.text_pooling = image_pooling, text_pooling
         self.text_layers, self.text_length = text_layers or [-1], text_length
+        self.text_pad_token_id = text_pad_token_id
         self.max_scale, self.has_bias = max_scale, has_bias
         super().__init__(**options)
 
@@ -77,7 +79,7 @@ class DualEncoder(JointSpace, PreTrainedModel):
         self.image_pooling, self.convolutional = config.image_pooling, config.vision_head["kind"] == "conv"
         self.text_pooling, self.text_layers = config.text_pooling, config.text_layers
         self.text_length = config.text_length
-        self.pad_token_id = getattr(config.text_config, "pad_token_id", None) or 0
+        self.pad_token_id = config.text_pad_token_id
         self.post_init()
 
     @property

@@ -4,23 +4,17 @@ Settings that make the export exact (single linear projector, towers without CLS
 """
 
 import io
-import json
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import transformers
-import yaml
 from PIL import Image
 from torch import Tensor
 from transformers import GenerationConfig, LlavaConfig, LlavaForConditionalGeneration
-from transformers.core_model_loading import revert_weight_conversion
 
 from medvlm.config.schema import RunConfig
 from medvlm.data.conversation import ConversationEncoder
@@ -28,13 +22,12 @@ from medvlm.data.images import ImageTransform
 from medvlm.data.schema import make_message
 from medvlm.errors import UserError
 from medvlm.export.model_card import model_card
+from medvlm.export.writing import TOLERANCE, fresh_process, open_run, write_weights
 from medvlm.models.build import Components, build_components, build_plain_model
 from medvlm.models.lora import add_adapters
 from medvlm.models.vision_language_model import VisionLanguageModel
 from medvlm.training import checkpoint
 
-TOLERANCE = 1e-5
-SHARD_BYTES = 4 * 2**30
 QUESTION = "Is there a pleural effusion?"
 
 
@@ -76,20 +69,6 @@ def trained_model(config: RunConfig, parts: Components, weights: checkpoint.Weig
     return model.eval()
 
 
-def open_run(run: Path, out: Path, tag: str | None) -> tuple[RunConfig, Path]:
-    """Configuration and checkpoint folder of a run. Raises UserError where one is absent, or ``out`` is in use."""
-    if not (run / "config.yaml").exists():
-        raise UserError(f"{run}: is not a run (it has no config.yaml)")
-    config = RunConfig.model_validate(yaml.safe_load((run / "config.yaml").read_text()))
-    source = run / "checkpoints" / tag if tag else checkpoint.newest(run)
-    if source not in checkpoint.checkpoints(run):
-        raise UserError(f"{source}: no such complete checkpoint")
-    if out.exists() and any(out.iterdir()):
-        raise UserError(f"{out}: exists and is not empty")
-    checkpoint.refuse_changed(source)
-    return config, source
-
-
 def llava_config(parts: Components, config: RunConfig) -> LlavaConfig:
     tower = config.llava.vision_tower
     linear = config.llava.multi_modal_projector.kind == "linear"
@@ -124,24 +103,8 @@ def write_llava(
     parts.processor.save_pretrained(folder)
     identity = dict(values_of_identity(config, parts))
     ours = {stock_name(name): name for name in [*values, *identity]}
-    parameters = dict(target.named_parameters())
-    if wrong := ours.keys() ^ parameters.keys():
-        raise UserError(f"{folder}: LLaVA's weights are not the trained ones: {', '.join(sorted(wrong)[:3])}")
-    entries = []
-    for file_name, name in file_names(target, parameters).items():
-        source = identity if ours[name] in identity else values
-        pieces = partial(checkpoint.in_pieces, source, ours[name], dtype)
-        entries.append(checkpoint.Entry(file_name, dtype, tuple(parameters[name].shape), pieces))
-    checkpoint.write_sharded(folder, entries, SHARD_BYTES)
-
-
-def file_names(target: LlavaForConditionalGeneration, parameters: dict[str, Any]) -> dict[str, str]:
-    """Name in transformers' files -> name in its class. They differ, as the files keep the names of older versions."""
-    reverted = revert_weight_conversion(target, parameters)
-    names = {id(p): name for name, p in parameters.items()}
-    if len(reverted) != len(names) or any(id(p) not in names for p in reverted.values()):
-        raise UserError(f"{type(target).__name__}: transformers stores its weights in a form that is not written here")
-    return {file_name: names[id(p)] for file_name, p in reverted.items()}
+    sources = {theirs: (identity if name in identity else values, name) for theirs, name in ours.items()}
+    write_weights(folder, target, sources, dtype)
 
 
 def values_of_identity(config: RunConfig, parts: Components) -> Iterator[tuple[str, Tensor]]:
@@ -204,18 +167,7 @@ def compare(expected: dict[str, Any], folder: Path, adapter: Path | None = None)
         work = Path(temporary)
         (work / "image.png").write_bytes(expected["png"])
         torch.save({key: value for key, value in expected.items() if key != "png"}, work / "expected.pt")
-        script = Path(__file__).with_name("verify.py")
-        done = subprocess.run(
-            [sys.executable, str(script), str(folder), str(work), QUESTION, *([str(adapter)] if adapter else [])],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-    if done.returncode:
-        raise UserError(
-            f"{folder}: the export does not load in a fresh process: {done.stderr.strip().splitlines()[-1]}"
-        )
-    proof = json.loads(done.stdout.strip().splitlines()[-1])
+        proof = fresh_process("verify.py", folder, work, QUESTION, *([adapter] if adapter else []))
     if not proof["max_abs_logit_diff"] <= TOLERANCE:
         raise UserError(f"{folder}: exported logits differ by {proof['max_abs_logit_diff']:.2e}, more than {TOLERANCE}")
     return {**proof, "transformers": transformers.__version__}

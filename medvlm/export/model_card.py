@@ -8,7 +8,7 @@ from medvlm.config.schema import RunConfig
 
 def model_card(config: RunConfig, checkpoint: str, proof: dict[str, Any] | None) -> str:
     model = config.llava
-    tower, language = _origin(model.vision_tower), _origin(model.language_model)
+    tower, language = origin(model.vision_tower), origin(model.language_model)
     data = "\n".join(f"- `{source.path}`" for source in config.data.sources)
     return f"""---
 library_name: transformers
@@ -51,5 +51,5 @@ def _checked(proof: dict[str, Any] | None) -> str:
 model's by at most {proof["max_abs_logit_diff"]:.1e} (fp32, transformers {proof["transformers"]})."""
 
 
-def _origin(part: Backbone) -> str:
+def origin(part: Backbone) -> str:
     return part.path or f"{(part.config or {})['model_type']} (from scratch)"

@@ -39,9 +39,13 @@ class DualEncoderModel(JointSpace, nn.Module):
         """``text_tower`` is an encoder, or a masked language model. ``text_length``: all texts are padded to it."""
         super().__init__()
         self.vision_tower: Any = vision_tower
-        self.vision_head = ImageHead(vision_dim, **head_options(config, "vision_head"))
+        self.head_arguments = {
+            "vision_head": {"features": vision_dim, **head_options(config, "vision_head")},
+            "text_head": {"features": text_dim, **head_options(config, "text_head")},
+        }
+        self.vision_head = ImageHead(**self.head_arguments["vision_head"])
         self.text_tower: Any = text_tower
-        self.text_head = Head(features=text_dim, **head_options(config, "text_head"))
+        self.text_head = Head(**self.head_arguments["text_head"])
         similarity = config.similarity
         self.similarity = Similarity(similarity.temperature, similarity.max_scale, similarity.bias)
         self.image_pooling, self.convolutional = config.vision_tower.pooling, config.vision_head.kind == "conv"

@@ -1,0 +1,85 @@
+"""What exports of all families share: opening a run, writing weights under a class's names, a fresh process."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor, nn
+from transformers.core_model_loading import revert_weight_conversion
+
+from medvlm.config.schema import RunConfig
+from medvlm.errors import UserError
+from medvlm.training import checkpoint
+
+TOLERANCE = 1e-5
+SHARD_BYTES = 4 * 2**30
+
+
+def open_run(run: Path, out: Path, tag: str | None) -> tuple[RunConfig, Path]:
+    """Configuration and checkpoint folder of a run. Raises UserError where one is absent, or ``out`` is in use."""
+    if not (run / "config.yaml").exists():
+        raise UserError(f"{run}: is not a run (it has no config.yaml)")
+    config = RunConfig.model_validate(yaml.safe_load((run / "config.yaml").read_text()))
+    source = run / "checkpoints" / tag if tag else checkpoint.newest(run)
+    if source not in checkpoint.checkpoints(run):
+        raise UserError(f"{source}: no such complete checkpoint")
+    if out.exists() and any(out.iterdir()):
+        raise UserError(f"{out}: exists and is not empty")
+    checkpoint.refuse_changed(source)
+    return config, source
+
+
+def write_weights(
+    folder: Path, target: nn.Module, sources: Mapping[str, tuple[Mapping[str, Tensor], str]], dtype: torch.dtype
+) -> None:
+    """The weights of a class of transformers, which ``target`` is, built on the meta device: for each of its parameters
+    and persistent buffers a mapping and the name in it. Each is asked for once, when it is written, so that a mapping
+    that reads from elsewhere needs memory for one at a time. Numbers with a point are stored in ``dtype``.
+
+    Raises UserError if the sources are not exactly what the class has.
+    """
+    tensors = {**dict(target.named_parameters()), **persistent_buffers(target)}
+    if wrong := sources.keys() ^ tensors.keys():
+        raise UserError(
+            f"{folder}: {type(target).__name__}'s weights are not the trained ones: {', '.join(sorted(wrong)[:3])}"
+        )
+    entries = []
+    for file_name, name in file_names(target, tensors).items():
+        kind = dtype if tensors[name].is_floating_point() else tensors[name].dtype
+        pieces = partial(checkpoint.in_pieces, *sources[name], kind)
+        entries.append(checkpoint.Entry(file_name, kind, tuple(tensors[name].shape), pieces))
+    checkpoint.write_sharded(folder, entries, SHARD_BYTES)
+
+
+def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Those that a state dict holds, such as running means."""
+    stored = model.state_dict().keys()
+    return {name: value for name, value in model.named_buffers() if name in stored}
+
+
+def file_names(target: Any, tensors: dict[str, Any]) -> dict[str, str]:
+    """Name in transformers' files -> name in its class. They differ, as the files keep the names of older versions."""
+    reverted = revert_weight_conversion(target, tensors)
+    names = {id(p): name for name, p in tensors.items()}
+    if len(reverted) != len(names) or any(id(p) not in names for p in reverted.values()):
+        raise UserError(f"{type(target).__name__}: transformers stores its weights in a form that is not written here")
+    return {file_name: names[id(p)] for file_name, p in reverted.items()}
+
+
+def fresh_process(script: str, *arguments: str | Path) -> dict[str, Any]:
+    """Run a script of this package, which imports nothing of medvlm; the JSON of its last line.
+
+    Raises UserError, naming the first argument, if it fails.
+    """
+    command = [sys.executable, str(Path(__file__).with_name(script)), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        reason = done.stderr.strip().splitlines()[-1]
+        raise UserError(f"{arguments[0]}: the export does not load in a fresh process: {reason}")
+    return json.loads(done.stdout.strip().splitlines()[-1])

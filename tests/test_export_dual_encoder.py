@@ -1,0 +1,143 @@
+"""Exports of dual encoders, each loaded by a fresh process through unmodified transformers."""
+
+import ast
+import json
+
+import pytest
+import torch
+from dual_toy import BERT, CLIP_TEXT, RESNET, SIGLIP_TEXT, SWIN, VIT, dual_config
+from toy import CLIP, SIGLIP
+from transformers import AutoModel
+
+from medvlm.config.model import VisionTower
+from medvlm.config.objective import Objective
+from medvlm.errors import UserError
+from medvlm.export.dual_encoder import Trained, answers, compare, not_expressible, write_folder
+from medvlm.export.writing import persistent_buffers
+from medvlm.models.backbones import backbone_config, load_tower
+from medvlm.models.build_dual_encoder import build_components, build_model
+
+POOLED = {"text_tower__pooling": "pooler"}
+NO_HEADS = {"vision_head__kind": "none", "text_head__kind": "none", "embedding_dim": 32}
+PRIOR = {"kind": "conv", "norm": "batch", "bias": True, "prior_image": {"width": 16, "layers": 1, "heads": 2}}
+MLP = {"kind": "mlp", "activation": "gelu", "norm": "layer"}
+VARIANTS = {
+    "clip": (CLIP, CLIP_TEXT, POOLED, "CLIPModel"),
+    "siglip": (SIGLIP, SIGLIP_TEXT, {**POOLED, **NO_HEADS, "similarity__bias": -10.0}, "SiglipModel"),
+    "vit-bert": (VIT, BERT, POOLED, "VisionTextDualEncoderModel"),
+    "convirt": (RESNET, BERT, {"vision_head": MLP, "text_head": MLP, "text_tower__pooling": "max"}, "DualEncoder"),
+    "medclip": (SWIN, BERT, {"text_tower__pooling": "mean", "text_tower__pooling_layers": [1, 2, -1]}, "DualEncoder"),
+    "biovil_t": (RESNET, BERT, {"vision_head": PRIOR, "text_head": MLP}, "DualEncoder"),
+    "vit-cls": (VIT, BERT, {"vision_tower__pooling": "cls"}, "DualEncoder"),
+    "siglip-linear": (SIGLIP, SIGLIP_TEXT, {**POOLED, "similarity__bias": -3.0}, "DualEncoder"),
+}
+
+
+def exported(folder, variant):
+    """A random model whose scale is above its limit and whose running statistics are not the initial ones."""
+    vision, text, overrides, kind = VARIANTS[variant]
+    config = dual_config(folder, vision, text, **{"similarity__max_scale": 20.0, **overrides})
+    masked = {"masked_language_modeling": {}} if variant == "biovil_t" else {}
+    parts = build_components(config, Objective(**masked))
+    torch.manual_seed(0)
+    model = build_model(config, parts, torch.float32)
+    with torch.no_grad():
+        model.similarity.log_scale.fill_(4.0)
+        for name, buffer in persistent_buffers(model).items():
+            if "running" in name:
+                buffer.uniform_(0.5, 1.5) if "var" in name else buffer.uniform_(-0.2, 0.2)
+    trained = Trained(config, parts, dict(model.named_parameters()), persistent_buffers(model))
+    assert write_folder(folder / "hf", trained, torch.float32) == kind
+    return model.eval(), parts, trained
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_each_kind_of_model_exports_exactly(tmp_path, variant):
+    model, parts, trained = exported(tmp_path, variant)
+    expected = answers(model, parts)
+    assert torch.allclose(expected["image"].norm(dim=1), torch.ones(2)) and expected["image"].diff(dim=0).norm() > 1e-3
+    proof = compare(expected, tmp_path / "hf")
+    assert proof["max_abs_image_diff"] <= 1e-5 and proof["max_abs_pixel_diff"] <= 1e-5
+    assert ("max_abs_prior_diff" in proof) == (variant == "biovil_t")
+    part = VisionTower(path=str(tmp_path / "hf"))
+    tower = load_tower(
+        part, backbone_config(part, "model.vision_tower", "vision_config"), torch.float32, "model.vision_tower"
+    )
+    for name, value in trained.weights.items():
+        if name.startswith("vision_tower."):
+            assert torch.equal(dict(tower.named_parameters())[name.removeprefix("vision_tower.")], value), name
+
+
+def test_exported_code_imports_nothing_of_ours(tmp_path):
+    exported(tmp_path, "biovil_t")
+    files = sorted(path.name for path in (tmp_path / "hf").glob("*.py"))
+    assert files == ["dual_encoder_modeling.py", "heads.py", "joint_space.py", "poolings.py", "prior_image.py"]
+    for name in files:
+        for node in ast.walk(ast.parse((tmp_path / "hf" / name).read_text())):
+            if isinstance(node, ast.ImportFrom) and not node.level:
+                assert node.module.split(".")[0] in ("torch", "transformers", "typing"), (name, node.module)
+    config = json.loads((tmp_path / "hf/config.json").read_text())
+    assert config["auto_map"]["AutoModel"] == "dual_encoder_modeling.DualEncoder"
+
+
+def test_a_wrong_export_is_refused(tmp_path):
+    """Other weights, a weight too few, and other running statistics."""
+    model, parts, trained = exported(tmp_path, "convirt")
+    expected = answers(model, parts)
+    name = "text_head.linear_1.weight"
+    wrong = {**trained.weights, name: trained.weights[name] + 0.01}
+    write_folder(tmp_path / "wrong", Trained(trained.config, parts, wrong, trained.buffers), torch.float32)
+    with pytest.raises(UserError, match="max_abs_text_diff"):
+        compare(expected, tmp_path / "wrong")
+    less = {key: value for key, value in trained.weights.items() if key != name}
+    with pytest.raises(UserError, match="weights are not the trained ones"):
+        write_folder(tmp_path / "less", Trained(trained.config, parts, less, trained.buffers), torch.float32)
+    other = {key: value + 1 for key, value in trained.buffers.items()}
+    write_folder(tmp_path / "other", Trained(trained.config, parts, trained.weights, other), torch.float32)
+    with pytest.raises(UserError, match="max_abs_image_diff"):
+        compare(expected, tmp_path / "other")
+
+
+def test_why_no_class_of_transformers_will_do(tmp_path):
+    for overrides, reason in (
+        ({}, "poolers"),
+        ({**POOLED, "text_head__kind": "mlp"}, "linear"),
+        ({**POOLED, "vision_head__bias": True}, "without bias"),
+        ({**POOLED, "similarity__bias": -1.0}, "no bias"),
+    ):
+        config = dual_config(tmp_path, VIT, BERT, **overrides)
+        parts = build_components(config, None)
+        assert reason in not_expressible(config, parts)["VisionTextDualEncoderModel"]
+    config = dual_config(tmp_path, VIT, BERT, **POOLED)
+    reasons = not_expressible(config, build_components(config, None))
+    assert reasons.keys() == {"CLIPModel", "SiglipModel"} and "CLIP's" in reasons["CLIPModel"]
+
+
+def test_the_model_cards_example_runs(tmp_path, monkeypatch):
+    from PIL import Image
+
+    from medvlm.config.schema import RunConfig
+    from medvlm.export.dual_encoder_card import dual_encoder_card
+
+    for variant in ("clip", "convirt", "siglip"):
+        folder = tmp_path / variant
+        folder.mkdir()
+        _, parts, trained = exported(folder, variant)
+        config = RunConfig.model_construct(
+            description="",
+            run=type("Run", (), {"name": "toy"}),
+            model=trained.config,
+            objective=Objective(),
+            data=type("Data", (), {"sources": []}),
+        )
+        card = dual_encoder_card(config, parts, VARIANTS[variant][3], "step-1", None)
+        example = card.split("```python\n")[1].split("```")[0]
+        Image.new("L", (50, 40), 90).save(folder / "hf/radiograph.png")
+        monkeypatch.chdir(folder / "hf")
+        values: dict = {}
+        exec(example, values)
+        assert len(values["chances"]) == 2 and len(example.splitlines()) <= 12
+        assert (
+            type(values["model"]).__name__
+            == type(AutoModel.from_pretrained(folder / "hf", trust_remote_code=True)).__name__
+        )
