@@ -114,7 +114,7 @@ def export(
     proof: Annotated[bool, typer.Option(help="Compare answers; needs memory for the model in fp32.")] = True,
     as_json: Json = False,
 ) -> None:
-    """Write a Hugging Face folder and prove it: logits or embeddings of a fresh process against the training model's."""
+    """Write a Hugging Face folder and prove it: a fresh process's logits or embeddings against the training model's."""
     if adapter:
         from medvlm.export.adapter import export_adapter
 

@@ -31,6 +31,8 @@ def export_adapter(
     the trained model.
     """
     config, source = open_run(run, out, tag)
+    if config.model.family != "llava":
+        raise UserError(f"{run}: --adapter is of language models; leave it out, and adapters are merged")
     if not any(lora.lora_of(config.model, part) for part in config.model.PARTS):
         raise UserError(f"{run}: no part of it has `train: lora`; leave out --adapter")
     parts = build_components(config.llava)
