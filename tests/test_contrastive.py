@@ -5,8 +5,12 @@ import math
 import pytest
 import torch
 from conftest import two_ranks
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from medvlm.objectives.contrastive import info_nce, semantic_matching, sigmoid
+from medvlm.objectives import gather
+from medvlm.objectives.info_nce import info_nce
+from medvlm.objectives.semantic_matching import semantic_matching
+from medvlm.objectives.sigmoid import sigmoid
 
 IMAGE = torch.tensor([[1.0, 0.0], [3.0, 4.0], [0.0, 2.0]])  # of lengths 1, 5 and 2
 TEXT = torch.tensor([[2.0, 0.0], [0.0, 1.0], [3.0, -4.0]])
@@ -62,12 +66,57 @@ def test_images_and_texts_of_semantic_matching_need_not_be_pairs():
     assert semantic_matching(IMAGE, TEXT[:2], labels, labels[:2], 1.0).isfinite()
 
 
+class Largest(TorchDispatchMode):
+    """The entries of the largest tensor that was made, in forward or backward pass."""
+
+    entries = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **kwargs or {})
+        made = [out] if isinstance(out, torch.Tensor) else [x for x in out or () if isinstance(x, torch.Tensor)]
+        self.entries = max([self.entries, *(tensor.numel() for tensor in made)])
+        return out
+
+
+def losses_of(image, text, labels):
+    """Each loss with its gradients."""
+    for name in ("info_nce", "sigmoid", "semantic"):
+        leaves = [x.clone().requires_grad_() for x in (image, text, *torch.tensor([3.0, -1.0]).to(image))]
+        loss = {
+            "info_nce": lambda i, t, s, b: info_nce(i, t, s, 0.75) + 0 * b,
+            "sigmoid": sigmoid,
+            "semantic": lambda i, t, s, b: semantic_matching(i, t, *labels, s) + 0 * b,
+        }[name](*leaves)
+        with Largest() as seen:
+            loss.backward()
+        yield loss.detach(), [leaf.grad for leaf in leaves], seen.entries
+
+
+def test_chunks_of_rows_give_the_same_loss_and_gradients_in_less_memory(monkeypatch):
+    torch.manual_seed(0)
+    image, text = torch.randn(2, 50, 4, dtype=torch.float64)
+    labels = torch.randint(0, 2, (2, 50, 3)).double()
+    whole = list(losses_of(image, text, labels))
+    monkeypatch.setattr(gather, "CHUNK", 350)  # seven rows; the last chunk has one
+    with Largest() as seen:
+        chunked = list(losses_of(image, text, labels))
+    assert seen.entries == 50 * 8, "the features of both sides, and no matrix of 50 x 50"
+    for (loss, gradients, entries), (expected, expected_gradients, expected_entries) in zip(
+        chunked, whole, strict=True
+    ):
+        assert entries <= 50 * 8 < expected_entries == 50 * 50
+        torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
+        torch.testing.assert_close(gradients, expected_gradients, rtol=1e-9, atol=1e-12)
+
+
 def test_uneven_ranks_give_the_loss_and_gradients_of_one_rank_with_the_whole_batch(tmp_path):
     """Two ranks with four and two of six pairs, each loss, its weights, temperature and bias."""
     script = """
         import json, os, torch
         import torch.distributed as dist
-        from medvlm.objectives.contrastive import info_nce, semantic_matching, sigmoid
+        from medvlm.objectives.info_nce import info_nce
+        from medvlm.objectives.semantic_matching import semantic_matching
+        from medvlm.objectives.sigmoid import sigmoid
         from medvlm.training import distributed
 
         rank = int(os.environ["RANK"])  # until the process group starts, each computes alone

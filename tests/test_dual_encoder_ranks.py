@@ -13,7 +13,7 @@ import medvlm.models.backbones  # noqa: F401  (registers SigLIP's text tower)
 from medvlm.config.model import DualEncoder
 from medvlm.config.objective import Objective
 from medvlm.models.build_dual_encoder import build_components, build_model
-from medvlm.objectives.contrastive import info_nce
+from medvlm.objectives.info_nce import info_nce
 
 CONV = {"kind": "conv", "norm": "batch", "prior_image": {"width": 16, "layers": 2, "heads": 2}}
 VARIANTS = {

@@ -20,7 +20,10 @@ from medvlm.data.pairs import PairBatch, PairEncoder, collate_pairs
 from medvlm.errors import UserError
 from medvlm.measures import embedding_space, retrieval
 from medvlm.models.build_dual_encoder import DualComponents, build_components, build_model
-from medvlm.objectives import contrastive
+from medvlm.objectives.gather import gather_rows
+from medvlm.objectives.info_nce import info_nce
+from medvlm.objectives.semantic_matching import semantic_matching
+from medvlm.objectives.sigmoid import sigmoid
 from medvlm.training import distributed, watch
 from medvlm.training.boundary import sum_and_agree
 from medvlm.training.families.base import Family, Outcome, Pass
@@ -192,13 +195,13 @@ def loss_share(objective: Objective, outs: Sequence[dict[str, Tensor]], batches:
     image, text = (_precise(torch.cat([out[name] for out in outs])) for name in ROWS)
     scale = _precise(outs[0]["scale"])
     if objective.kind == "info_nce":
-        return contrastive.info_nce(image, text, scale, objective.image_weight)
+        return info_nce(image, text, scale, objective.image_weight)
     if objective.kind == "sigmoid":
-        return contrastive.sigmoid(image, text, scale, _precise(outs[0]["bias"]))
+        return sigmoid(image, text, scale, _precise(outs[0]["bias"]))
     image_labels = torch.cat([b.image_labels[: b.images] for b in batches if b.image_labels is not None])
     text_labels = torch.cat([b.text_labels[: b.texts] for b in batches if b.text_labels is not None])
     labels = image_labels.to(image.device), text_labels.to(text.device)
-    return contrastive.semantic_matching(image, text, *labels, scale, objective.label_similarity)
+    return semantic_matching(image, text, *labels, scale, objective.label_similarity)
 
 
 def _precise(values: Tensor) -> Tensor:
@@ -229,7 +232,7 @@ def _keep(kept: dict[str, list[Tensor]], outs: Sequence[dict[str, Tensor]], batc
     """Embeddings of all ranks, and a number for each text that equal texts share."""
     words = [ids[mask.bool()].tolist() for b in batches for ids, mask in _texts(b)]
     numbers = torch.tensor([hash(tuple(text)) for text in words], dtype=torch.int64, device=distributed.device())
-    gather: Callable[[Tensor], Tensor] = lambda rows: contrastive.gather_rows(rows)[0].cpu()  # noqa: E731
+    gather: Callable[[Tensor], Tensor] = lambda rows: gather_rows(rows)[0].cpu()  # noqa: E731
     kept["image"].append(gather(torch.cat([out["image"] for out in outs]).float()))
     kept["text"].append(gather(torch.cat([out["text"] for out in outs]).float()))
     kept["ids"].append(gather(numbers))
