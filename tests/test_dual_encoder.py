@@ -22,6 +22,8 @@ from transformers import (
 from medvlm.config.objective import Objective
 from medvlm.errors import UserError
 from medvlm.models.build_dual_encoder import build_components, build_model
+from medvlm.models.lora import add_adapters
+from medvlm.models.trainable import apply_trainable
 
 MASKED = Objective(masked_language_modeling={})
 
@@ -330,3 +332,25 @@ def test_a_convnext_processor_is_taken_as_one_that_crops(tmp_path, size):
     larger = {**section, "image_size": 96}
     parts = build_components(dual_config(tmp_path, RESNET, vision_tower=larger), None)
     assert parts.image_processor(picture, return_tensors="pt")["pixel_values"].shape == (1, 3, 96, 96)
+
+
+def test_adapters_are_put_where_they_act(tmp_path):
+    """Not on the output layer of SigLIP's attention pool, whose weight is read without calling it."""
+    train = {"vision_tower__train": "lora", "text_tower__train": "lora"}
+    config, parts, model = built(tmp_path, SIGLIP, SIGLIP_TEXT, **train, text_tower__pooling="pooler")
+    add_adapters(model, config, parts.unused, 0)
+    apply_trainable(model, config, parts.unused)
+    ids, mask = texts(parts)
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(p)
+    found = model(images(), ids, mask)
+    (found["image"].sum() + found["text"].sum() + found["scale"]).backward()
+    assert all((p.grad is not None) == p.requires_grad for p in model.parameters())
+    assert any("head.mlp.fc1.lora_A" in name for name, _ in model.vision_tower.named_parameters())
+
+
+def test_a_convolutional_tower_has_no_layers_to_recompute(tmp_path):
+    config, parts, model = built(tmp_path, RESNET, vision_tower__gradient_checkpointing=True)
+    with pytest.raises(UserError, match=r"vision_tower.gradient_checkpointing: ResNetModel has no layers"):
+        apply_trainable(model, config, parts.unused)

@@ -5,15 +5,20 @@ import json
 
 import pytest
 import torch
+from conftest import launch, medvlm
 from dual_toy import BERT, CLIP_TEXT, RESNET, SIGLIP_TEXT, SWIN, VIT, dual_config
-from toy import CLIP, SIGLIP
+from dual_world import make_pairs, pairs_recipe
+from toy import CLIP, SIGLIP, make_recipe, make_tokenizer
 from transformers import AutoModel
 
+from medvlm.config.load import load_recipe
 from medvlm.config.model import VisionTower
 from medvlm.config.objective import Objective
 from medvlm.errors import UserError
 from medvlm.export.dual_encoder import Trained, answers, compare, not_expressible, write_folder
 from medvlm.export.writing import persistent_buffers
+from medvlm.inference.embed import Embedder
+from medvlm.models import build
 from medvlm.models.backbones import backbone_config, load_tower
 from medvlm.models.build_dual_encoder import build_components, build_model
 
@@ -141,3 +146,40 @@ def test_the_model_cards_example_runs(tmp_path, monkeypatch):
             type(values["model"]).__name__
             == type(AutoModel.from_pretrained(folder / "hf", trust_remote_code=True)).__name__
         )
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """BioViL-T's kind trained on two ranks under ZeRO-3, with batch normalisation, prior images and masked words."""
+    folder = make_pairs(tmp_path_factory.mktemp("pairs"))
+    objective = {"kind": "info_nce", "masked_language_modeling": {"weight": 0.1}}
+    sections = {"model__vision_head": PRIOR, "model__text_head": MLP, "objective": objective}
+    launch(pairs_recipe(folder, "biovil_t", RESNET, **sections, training__steps=3, training__ema_decay=0.5))
+    return folder / "runs" / "biovil_t"
+
+
+def test_a_zero3_run_exports_through_the_command_line(run, tmp_path):
+    """The embedder of the evaluation loads what it writes; running statistics are those of the run."""
+    printed = medvlm("export", run, "--out", tmp_path / "hf")
+    assert "max_abs_image_diff" in printed and "class: DualEncoder" in printed
+    tower = AutoModel.from_pretrained(tmp_path / "hf/vision_tower")
+    assert tower.embedder.embedder.normalization.running_mean.abs().max() > 1e-3
+    assert int(tower.embedder.embedder.normalization.num_batches_tracked) >= 3
+    embedder = Embedder(tmp_path / "hf", trust_remote_code=True)
+    found = embedder.texts(["no pleural effusion", "cardiomegaly"])
+    assert found.shape == (2, 16) and torch.allclose(found.norm(dim=1), torch.ones(2))
+    medvlm("export", run, "--out", tmp_path / "ema", "--ema", "--no-proof")
+    assert "not embeddings" in (tmp_path / "ema/README.md").read_text()
+    assert "--adapter is of language models" in medvlm("export", run, "--out", tmp_path / "a", "--adapter", status=2)
+
+
+def test_an_exported_image_tower_is_a_language_models_vision_tower(tmp_path):
+    model, _, _ = exported(tmp_path, "clip")
+    make_tokenizer(tmp_path / "tokenizer")
+    tower = {"path": str(tmp_path / "hf"), "feature_layer": -2}
+    config = load_recipe(str(make_recipe(tmp_path, model__vision_tower=tower)))
+    parts = build.build_components(config.llava)
+    assert parts.processor.image_processor.size == {"shortest_edge": 32}
+    llava = build.build_model(config.llava, parts, torch.float32)
+    for name, value in model.vision_tower.named_parameters():
+        assert torch.equal(dict(llava.vision_tower.named_parameters())[name], value), name

@@ -104,14 +104,14 @@ class DualEncoder(JointSpace, PreTrainedModel):
     ) -> BaseModelOutputWithPooling:
         """[I, 3, S, S] -> ``pooler_output`` [I, D]. Prior images [I, 3, S, S] count where ``has_prior`` [I] is true, by
         default everywhere."""
-        priors = self._priors(prior_pixel_values, has_prior)
-        return BaseModelOutputWithPooling(pooler_output=self.embed_images(pixel_values, *priors))
+        inputs = self._inputs(pixel_values, prior_pixel_values, has_prior)
+        return BaseModelOutputWithPooling(pooler_output=self.embed_images(*inputs))
 
     def get_image_patch_features(
         self, pixel_values: Tensor, prior_pixel_values: Tensor | None = None, has_prior: Tensor | None = None
     ) -> Tensor:
         """[I, h, w, D] in the joint space."""
-        return self.embed_patches(pixel_values, *self._priors(prior_pixel_values, has_prior))
+        return self.embed_patches(*self._inputs(pixel_values, prior_pixel_values, has_prior))
 
     def get_text_features(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, **_: Any
@@ -119,13 +119,16 @@ class DualEncoder(JointSpace, PreTrainedModel):
         """[T, L] -> ``pooler_output`` [T, D]."""
         return BaseModelOutputWithPooling(pooler_output=self.embed_texts(input_ids, attention_mask))
 
-    @staticmethod
-    def _priors(pixel_values: Tensor | None, has_prior: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-        if pixel_values is None:
-            return None, None
+    def _inputs(
+        self, pixel_values: Tensor, priors: Tensor | None, has_prior: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Images and those prior images that there are, in the type of the weights, and whose they are."""
+        dtype = next(self.vision_tower.parameters()).dtype
+        if priors is None:
+            return pixel_values.to(dtype), None, None
         if has_prior is None:
-            has_prior = torch.ones(len(pixel_values), dtype=torch.bool, device=pixel_values.device)
-        return pixel_values[has_prior], has_prior
+            has_prior = torch.ones(len(priors), dtype=torch.bool, device=priors.device)
+        return pixel_values.to(dtype), priors[has_prior].to(dtype), has_prior
 
     def forward(
         self,
@@ -137,7 +140,7 @@ class DualEncoder(JointSpace, PreTrainedModel):
         **_: Any,
     ) -> CLIPOutput:
         """``logits_per_image`` [I, T], ``logits_per_text`` [T, I], normalised ``image_embeds`` and ``text_embeds``."""
-        image = self.embed_images(pixel_values, *self._priors(prior_pixel_values, has_prior))
+        image = self.embed_images(*self._inputs(pixel_values, prior_pixel_values, has_prior))
         image, text = normalize(image, dim=-1), normalize(self.embed_texts(input_ids, attention_mask), dim=-1)
         scale, *bias = self.similarity()
         logits = scale.to(image.dtype) * image @ text.T + sum(bias)

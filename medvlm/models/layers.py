@@ -16,6 +16,10 @@ def checkpoint_activations(backbone: nn.Module, which: bool | int | list[int], f
     if which is False:
         return
     layers = repeated_layers(backbone)
+    if not layers:
+        raise UserError(
+            f"{field}.gradient_checkpointing: {type(backbone).__name__} has no layers to do it by; leave it out"
+        )
     if isinstance(which, list):
         chosen = {number + len(layers) if number < 0 else number for number in which}
     else:

@@ -78,11 +78,13 @@ def merged(state: Mapping[str, Tensor], config: Model) -> Iterator[tuple[str, Te
 
 def _targets(module: nn.Module, lora: Lora, skip: set[str], field: str) -> list[str]:
     """Names of the linear layers that get an adapter: all but the output layer, or those whose name ends as asked."""
-    head = getattr(module, "get_output_embeddings", lambda: None)()
+    left = {id(getattr(module, "get_output_embeddings", lambda: None)())}
+    # PyTorch's own attention reads this layer's weight without calling it, and would pass an adapter by
+    left |= {id(child.out_proj) for child in module.modules() if isinstance(child, nn.MultiheadAttention)}
     linear = [
         name
         for name, child in module.named_modules()
-        if isinstance(child, nn.Linear) and child is not head and f"{name}.weight" not in skip
+        if isinstance(child, nn.Linear) and id(child) not in left and f"{name}.weight" not in skip
     ]
     kinds = sorted({name.rpartition(".")[2] for name in linear})
     if not linear:
