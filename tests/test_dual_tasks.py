@@ -226,6 +226,15 @@ def test_binary_scores_and_areas_are_those_of_the_definition(tmp_path):
         assert found["auroc_ci95"][0] <= found["auroc"] <= found["auroc_ci95"][1]
 
 
+def test_the_area_is_scikit_learns_with_ties_too():
+    random = np.random.default_rng(0)
+    for n in (2, 5, 300):
+        y = np.array([0, 1, *random.integers(0, 2, n - 2)])
+        for scores in (random.normal(size=n), random.integers(0, 4, n), np.ones(n)):
+            assert zero_shot.auroc(y, scores) == pytest.approx(reference.roc_auc_score(y, scores))
+    assert zero_shot.auroc(np.ones(3), np.arange(3)) is None
+
+
 def test_classes_against_each_other(tmp_path):
     prompts = tmp_path / "own.yaml"
     prompts.write_text("kind: multiclass\nclasses: {A: [a, aa], B: [b]}\n")

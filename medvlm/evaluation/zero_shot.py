@@ -57,10 +57,19 @@ def presence(positive: Tensor, negative: Tensor) -> Tensor:
 
 
 def auroc(truths: np.ndarray, scores: np.ndarray) -> float | None:
-    """Area under the ROC curve by scikit-learn; None where there is one class only."""
-    if truths.min() == truths.max():
+    """Area under the ROC curve of truths 1 and 0 [N]; None where there is one class only.
+
+    By the ranks of the positives (Mann & Whitney), ties counting half: scikit-learn's number, for intervals' thousands
+    of draws in a tenth of its time.
+    """
+    from scipy.stats import rankdata
+
+    positive = int(truths.sum())
+    negative = len(truths) - positive
+    if not positive or not negative:
         return None
-    return float(scikit_learn("metrics").roc_auc_score(truths, scores))
+    ranks = rankdata(scores)[truths == 1].sum()
+    return float((ranks - positive * (positive + 1) / 2) / (positive * negative))
 
 
 def evaluate(
