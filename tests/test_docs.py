@@ -20,6 +20,7 @@ import medvlm
 from data_prep import cli as prepare_cli
 from medvlm import cli
 from medvlm.config.load import load_recipe, recipe_names
+from medvlm.config.model import DualEncoder, Llava
 from medvlm.config.schema import RunConfig
 from medvlm.config.tiny import tiny_values
 from medvlm.errors import UserError
@@ -241,8 +242,12 @@ def settings(model: type[BaseModel], prefix: str = "") -> dict[str, object]:
     out: dict[str, object] = {}
     for name, field in model.model_fields.items():
         kind = field.annotation
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
-            out |= settings(kind, f"{prefix}{name}.")
+        sections = [kind] if isinstance(kind, type) and issubclass(kind, BaseModel) else []
+        if name == "model":  # of either family; what both have, the first one's
+            sections = [DualEncoder, Llava]
+        if sections:
+            for section in sections:
+                out |= settings(section, f"{prefix}{name}.")
         else:
             out[prefix + name] = "required" if field.is_required() else field.default
     return out
