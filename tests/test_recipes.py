@@ -59,7 +59,7 @@ PUBLISHED = {
     "siglip_text_model": 110_271_744,
 }
 OUTPUT_LAYER = 109_514_298 - 108_891_648  # of a BERT that predicts masked tokens
-KINDS = {
+TOWERS_AND_HEADS = {
     "convirt": ("resnet", "bert", 2048 * 512 + 512 * 512, 768 * 512 + 512 * 512),
     "medclip": ("swin", "bert", 768 * 512, 768 * 512),
     "biovil": ("resnet", "bert", 2048 * 128 + 2 * 128 + 128 * 129, 768 * 128 + 128 + 2 * 128 + 128 * 129),
@@ -71,7 +71,7 @@ KINDS = {
 
 @pytest.mark.parametrize("name", DUAL)
 def test_dual_encoders_have_the_sizes_of_what_they_name(name, tmp_path):
-    image, text, image_head, text_head = KINDS[name]
+    image, text, image_head, text_head = TOWERS_AND_HEADS[name]
     build_wordpiece(["the heart is normal in size"] * 9, tmp_path, 40)
     towers = {"vision_tower": image, "text_tower": text}
     extra = {f"model.{part}.{key}": value for part, kind in towers.items()
