@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from medvlm import cli_checkpoint, cli_plan, cli_runs, cli_shards
+from medvlm import cli_checkpoint, cli_plan, cli_runs, cli_shards, cli_study
 from medvlm.errors import UserError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
@@ -20,6 +20,7 @@ app.add_typer(cli_checkpoint.app, name="checkpoint")
 app.add_typer(cli_runs.app, name="runs")
 app.add_typer(prepare_app, name="prepare")
 app.command("plan")(cli_plan.plan)
+app.command("study")(cli_study.study)
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 

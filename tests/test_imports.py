@@ -33,11 +33,16 @@ ALLOWED = {
     "medvlm.export": {"medvlm.errors", "medvlm.config", "medvlm.data", "medvlm.models", "medvlm.training.checkpoint"},
     # rehearses the very code of a training; training asks it through a process of its own
     "medvlm.planning": {"medvlm.errors", "medvlm.config", "medvlm.data", "medvlm.models", "medvlm.training"},
+    "medvlm.studies": set(),
+    # trains and exports through commands; of evaluation it takes the tasks' tables
+    "medvlm.study": {"medvlm", "medvlm.errors", "medvlm.config", "medvlm.evaluation", "medvlm.data.page"},
+    "medvlm.cli_study": {"medvlm.errors", "medvlm.study"},
     "medvlm.cli_plan": {"medvlm.errors", "medvlm.config", "medvlm.planning"},
     "medvlm.cli": {
         *("medvlm.errors", "medvlm.config", "medvlm.data", "medvlm.training", "medvlm.export"),
         *("medvlm.inference", "medvlm.evaluation", "medvlm.planning", "data_prep"),
         *("medvlm.cli_checkpoint", "medvlm.cli_plan", "medvlm.cli_runs", "medvlm.cli_shards"),
+        "medvlm.cli_study",
     },
     "medvlm.cli_checkpoint": {"medvlm.errors", "medvlm.training"},
     "medvlm.cli_runs": {"medvlm.errors", "medvlm.training"},

@@ -24,7 +24,13 @@ def test_the_wheel_carries_recipes_and_deepspeed_configs(tmp_path):
     ]
     subprocess.run(command, check=True, capture_output=True)
     names = zipfile.ZipFile(next(tmp_path.glob("medvlm-*.whl"))).namelist()
-    places = {"medvlm/recipes": "*.yaml", "medvlm/data": "*.yaml", "ds_configs": "*.json", "data_prep": "*.py"}
+    places = {
+        "medvlm/recipes": "*.yaml",
+        "medvlm/studies": "*.yaml",
+        "medvlm/data": "*.yaml",
+        "ds_configs": "*.json",
+        "data_prep": "*.py",
+    }
     for folder, pattern in places.items():
         for file in (REPO / folder).glob(pattern):
             assert f"{folder}/{file.name}" in names

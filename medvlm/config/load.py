@@ -33,12 +33,12 @@ def load_recipe(recipe: str, overrides: list[str] | None = None, extra: dict[str
     """Merge a recipe with ``section.key=value`` overrides and validate. Raises UserError naming the wrong field."""
     values = recipe_values(recipe)
     for key, value in (extra or {}).items():
-        _assign(values, key, value)
+        assign(values, key, value)
     for override in overrides or []:
         key, sign, value = override.partition("=")
         if not sign:
             raise UserError(f"override {override!r} is not of the form section.key=value")
-        _assign(values, key, _parse(value, override))
+        assign(values, key, parse(value, override))
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:
@@ -58,13 +58,14 @@ def recipe_values(recipe: str) -> dict[str, Any]:
         raise UserError(
             f"no recipe {recipe!r}: {hint}known recipes: {', '.join(names)}; or give a path to a .yaml file"
         )
-    values = _parse(text, recipe)
+    values = parse(text, recipe)
     if not isinstance(values, dict):
         raise UserError(f"{recipe}: a recipe must be a mapping of sections")
     return values
 
 
-def _parse(text: str, where: str) -> Any:
+def parse(text: str, where: str) -> Any:
+    """YAML, with 1e-4 a number. Raises UserError naming ``where``."""
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
@@ -77,7 +78,8 @@ def _parse(text: str, where: str) -> Any:
     return value
 
 
-def _assign(values: dict[str, Any], key: str, value: Any) -> None:
+def assign(values: dict[str, Any], key: str, value: Any) -> None:
+    """Set ``section.key`` in nested values. Raises UserError where a section is something else."""
     *sections, last = key.split(".")
     for section in sections:
         values = values.setdefault(section, {})
