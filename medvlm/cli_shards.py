@@ -75,14 +75,22 @@ def shards_stats(
 
         output_format(plots)
     if recipe:
+        import numpy as np
+        from rich.progress import track
+
         from medvlm.config.load import load_recipe
+        from medvlm.data.pairs import PairEncoder
         from medvlm.training import feed
         from medvlm.training.families import family_of
 
         config = load_recipe(recipe)
         parts = family_of(config.model).components(config)
         dataset = feed.make_dataset(config, parts, list(map(str, paths)), training=False)
-        tokens = feed.count_lengths(config, dataset, progress=not as_json).tokens
+        if isinstance(dataset.encoder, PairEncoder):
+            numbers = track(range(len(dataset.reader)), "counting tokens", disable=as_json)
+            tokens = np.array([dataset.encoder.length(dataset.reader.sample(n)) for n in numbers])
+        else:
+            tokens = feed.count_lengths(config, dataset, progress=not as_json).tokens
     found = inspect.collect(paths, read or None, tokens)
     inspect.print_stats(found.rows, as_json)
     if plots:

@@ -1,5 +1,6 @@
 """What dual encoders are fed: images and texts of samples, paired or each with labels."""
 
+import json
 from collections import Counter
 from functools import partial
 from random import Random
@@ -7,8 +8,10 @@ from random import Random
 import numpy as np
 import pytest
 import torch
+from conftest import medvlm
+from dual_world import make_pairs, pairs_recipe
 from toy import png, volume_sample
-from transformers import SiglipImageProcessor
+from transformers import AutoTokenizer, SiglipImageProcessor
 
 from data_prep.tokenizer import build_wordpiece
 from medvlm.data.augment import Augment
@@ -276,3 +279,16 @@ def test_a_contact_sheet_shows_the_images_and_the_masked_text(dataset):
 def test_choosing_a_text_needs_no_section():
     assert choose_text([], sentence=False, shuffle=True, min_words=1, rng=None) is None
     assert choose_text([], sentence=True, shuffle=False, min_words=1, rng=None) is None
+
+
+def test_shards_are_counted_and_shown_as_a_dual_encoders_recipe_reads_them(tmp_path):
+    recipe = pairs_recipe(make_pairs(tmp_path), "counted")
+    shards = tmp_path / "pairs" / "train"
+    report = json.loads(medvlm("shards", "stats", shards, "--recipe", recipe, "--json"))
+    reader, tokenizer = ShardReader(shards), AutoTokenizer.from_pretrained(tmp_path / "bert-tokenizer")
+    texts = [" ".join(reader.sample(n).report[name] for name in ("findings", "impression")) for n in range(len(reader))]
+    lengths = [len(ids) for ids in tokenizer(texts)["input_ids"]]
+    [row] = report["rows"] if isinstance(report, dict) else report
+    assert row["tokens"]["max"] == max(lengths) > 64, "before it is cut"
+    done = medvlm("shards", "show", shards, "--recipe", recipe, "--out", tmp_path / "sheet.html")
+    assert f"{min(24, len(reader))} of {len(reader)} samples, 0 quarantined" in done

@@ -177,6 +177,11 @@ class PairEncoder:
             rng=None if epoch is None else self._rng(sample, epoch, "text"),
         )
 
+    def length(self, sample: Sample) -> int:
+        """Tokens of the sample's text before it is cut, 0 where it has none."""
+        text = self.read(sample)
+        return 0 if text is None else len(self.tokens.tokenizer(text, verbose=False)["input_ids"])
+
     def choose_image(self, sample: Sample, epoch: int | None = None) -> int | None:
         """The number of the main image, None where there is none."""
         fit = [

@@ -91,7 +91,7 @@ def collect(paths: Paths, limit: int | None = LIMIT, tokens: np.ndarray | None =
         row |= {"images": len(values["width"]), "volumes": int(np.count_nonzero(values["depth"]))}
         row |= {"questions": int(values["turns"].sum()), "groups": patients[code]}
         row |= {**dict.fromkeys(PARSED, 0), "labels": {}}
-        row |= {name: quantiles(values[name]) for name in ("width", "height", "characters")}
+        row |= {name: quantiles(values[name]) for name in ("width", "height", "characters", "tokens") if name in values}
         found.rows.append(row)
     _parse(reader, groups, codes, _choose(places, limit), found)
     return found
