@@ -11,6 +11,8 @@ from toy import make_tokenizer
 
 from data_prep.tokenizer import build_wordpiece
 from medvlm.config.load import load_recipe, recipe_names, recipe_values
+from medvlm.config.tiny import tiny_values
+from medvlm.errors import UserError
 from medvlm.models.build_dual_encoder import build_components, build_model
 
 needs_smollm2 = pytest.mark.skipif(
@@ -47,6 +49,16 @@ def test_tiny_dual_encoder_trains_each_part_on_two_ranks(name, tmp_path):
         assert row["images"] == row["texts"] == 8 and row["tokens"] > 8 and not row["quarantined"]
         assert (row["masked_tokens"] > 0) == bool(values.objective.masked_language_modeling)
     assert len(steps) == 3 and any("eval_loss" in row for row in rows)
+
+
+def test_tiny_names_a_tower_that_has_no_small_stand_in(tmp_path):
+    values = recipe_values("convirt")
+    values["model"]["vision_tower"]["path"] = "facebook/convnext-tiny-224"
+    (tmp_path / "other.yaml").write_text(json.dumps(values))
+    with pytest.raises(
+        UserError, match="--tiny: no small stand-in for facebook/convnext-tiny-224; known: resnet, swin"
+    ):
+        tiny_values(str(tmp_path / "other.yaml"))
 
 
 # As torchvision, timm and transformers count the models that the recipes name, without classifiers and poolers.

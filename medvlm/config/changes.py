@@ -23,6 +23,7 @@ HARMLESS = (
     "model.kernels",
     "model.vision_tower.gradient_checkpointing",
     "model.language_model.gradient_checkpointing",
+    "model.text_tower.gradient_checkpointing",
     "data.train",
     "data.temperature",
     "data.stages",
