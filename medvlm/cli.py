@@ -146,7 +146,7 @@ def evaluate(
     seed: int = 0,
     view: Annotated[list[str] | None, typer.Option(help="Only pictures of it; may be given several times.")] = None,
     k: Annotated[list[int] | None, typer.Option(help="retrieval, precision_at_k; may be given several times.")] = None,
-    section: Annotated[str | None, typer.Option(help="Text of a report: findings, impression or both.")] = None,
+    section: Annotated[list[str] | None, typer.Option(help="Of a report; may be given several times.")] = None,
     other_patients: Annotated[bool | None, typer.Option("--other-patients", help="retrieval: rivals only.")] = None,
     prompts: Annotated[str | None, typer.Option(help="A prompt set's name, or the path of a .yaml file.")] = None,
     aggregate: Annotated[str | None, typer.Option(help="zero_shot: mean or max over prompts.")] = None,
@@ -162,7 +162,7 @@ def evaluate(
     from medvlm import evaluation
 
     given: dict[str, Any] = {
-        "section": section,
+        "section": section or None,
         "other_patients": other_patients,
         "prompts": prompts,
         "aggregate": aggregate,

@@ -131,6 +131,20 @@ def test_a_limit_and_a_view_choose_pictures():
     assert len(load_pictures(reader, 2, 0)) == 2 and load_pictures(reader, 2, 0) == load_pictures(reader, 2, 0)
 
 
+def test_the_text_is_the_sections_asked_for_and_the_picture_not_an_earlier_one():
+    own, before = BASE["images"][0], {**BASE["images"][0], "file": "1.png", "metadata": {"role": "prior"}}
+    report = {"impression": "Clear.", "findings": " Lungs  are clear. ", "notes": "See above."}
+    reader = Reader([{"report": report, "images": [own, before]}])
+    for sections, text in (
+        (("findings", "impression"), "Lungs are clear. Clear."),
+        (("impression",), "Clear."),
+        (("notes",), "See above."),
+        (("history",), None),
+    ):
+        (picture,) = load_pictures(reader, None, 0, sections=sections)
+        assert (picture.number, picture.text) == (0, text)
+
+
 # ---- retrieval
 
 
@@ -140,7 +154,7 @@ def reports(texts, **fields):
 
 def test_retrieval_counts_equal_reports_as_one_answer_and_says_how_many_there_are():
     options = retrieval.RetrievalOptions(k=[1, 2])
-    pictures = retrieval.load(reports(["clear", "mass", "clear ", "effusion"]), None, 0, options)
+    pictures = retrieval.load(reports(["clear", "mass", "clear  ", "effusion"]), None, 0, options)
     model = Model(
         {0: unit(1, 0, 0), 1: unit(0.9, 0.8, 0), 2: unit(1, 0.1, 0), 3: unit(0, 0.6, 0.5)},
         {"clear": unit(1, 0, 0), "mass": unit(0, 1, 0), "effusion": unit(0, 0, 1)},
@@ -189,7 +203,7 @@ def test_too_few_reports_and_no_reports_are_said():
     with pytest.raises(UserError, match=r"--k 10: there are only 2 report"):
         retrieval.evaluate(Model({}, {}), retrieval.load(reports(["a", "b"]), None, 0, options), options, Context(None))
     with pytest.raises(UserError, match="no image has a report with impression"):
-        retrieval.load(reports(["a"]), None, 0, retrieval.RetrievalOptions(section="impression"))
+        retrieval.load(reports(["a"]), None, 0, retrieval.RetrievalOptions(section=["impression"]))
 
 
 # ---- zero-shot
@@ -511,7 +525,7 @@ def test_the_command_line_takes_the_options_of_a_task(world, tmp_path, capsys, m
     results = json.loads(out)
     assert not code and results["settings"]["k"] == [1, 3] and results["n"] == 30
     assert (
-        results["settings"]["section"] == "findings"
+        results["settings"]["section"] == ["findings"]
         and results["settings"]["view"] == ["PA"]
         and "image_to_text_recall_at_3" in results
     )

@@ -11,14 +11,14 @@ from torch import Tensor
 from medvlm.data.page import require
 from medvlm.errors import UserError
 from medvlm.evaluation.metrics import bootstrap_interval
-from medvlm.evaluation.pictures import Picture, Section, described, lazy, load_pictures
+from medvlm.evaluation.pictures import SECTIONS, Picture, described, lazy, load_pictures
 from medvlm.evaluation.retrieval import Joint
 from medvlm.evaluation.task import Context, Options, Row, Task
 from medvlm.measures import embedding_space as measures
 
 
 class SpaceOptions(Options):
-    section: Section = "both"
+    section: tuple[str, ...] = SECTIONS
 
 
 def load(reader: Any, limit: int | None, seed: int, options: SpaceOptions) -> list[Picture]:
@@ -27,10 +27,10 @@ def load(reader: Any, limit: int | None, seed: int, options: SpaceOptions) -> li
         reader,
         limit,
         seed,
-        section=options.section,
+        sections=options.section,
         views=options.view,
         wanted=lambda picture: picture.number == 0 and picture.text is not None,
-        missing=f"no image has a report with {options.section.replace('both', 'findings or impression')}",
+        missing=f"no image has a report with {' or '.join(options.section)}",
     )
 
 

@@ -4,16 +4,18 @@ import random
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 from PIL import Image
 
+from medvlm.data.pair_text import section_sentences
+from medvlm.data.pairs import PRIOR
 from medvlm.data.schema import Box, Sample
 from medvlm.errors import UserError
 from medvlm.evaluation.questions import LazyImages, Reader
 from medvlm.inference.images import decode_image
 
-Section = Literal["findings", "impression", "both"]
+SECTIONS = ("findings", "impression")
 NO_FINDING = "No Finding"
 T = TypeVar("T")
 
@@ -44,10 +46,9 @@ class Picture:
         return {"key": self.key, "image": self.number, "group": self.group}
 
 
-def report_text(sample: Sample, section: Section) -> str | None:
-    """A section of the report, or findings and impression one after the other; white space made single."""
-    names = ("findings", "impression") if section == "both" else (section,)
-    return " ".join(" ".join(sample.report.get(name, "") for name in names).split()) or None
+def report_text(sample: Sample, sections: Sequence[str]) -> str | None:
+    """The sections that a report has, one after the other, as training on pairs reads them; None without words."""
+    return " ".join(s for section in section_sentences(sample, sections) for s in section) or None
 
 
 def load_pictures(
@@ -55,14 +56,14 @@ def load_pictures(
     limit: int | None,
     seed: int,
     *,
-    section: Section = "both",
+    sections: Sequence[str] = SECTIONS,
     views: Sequence[str] = (),
     wanted: Callable[[Picture], bool] = lambda picture: True,
     missing: str = "no sample has an image",
 ) -> list[Picture]:
     """Every picture that is ``wanted``, of these ``views`` or of all, in the order of the shards.
 
-    ``limit`` draws that many with ``seed``.
+    ``limit`` draws that many with ``seed``. Pictures of earlier studies (``role: prior``) are left out.
 
     Raises UserError that says what is ``missing`` where there is none, and for volumes.
     """
@@ -70,6 +71,8 @@ def load_pictures(
     for index in range(len(reader)):
         sample = reader.sample(index)
         for number, image in enumerate(sample.images):
+            if image.metadata.get("role") == PRIOR:  # of an earlier study, so the report is not its own
+                continue
             if image.depth is not None:
                 raise UserError(f"{sample.key}: image {number} is a volume; dual encoders are evaluated on pictures")
             picture = Picture(
@@ -78,7 +81,7 @@ def load_pictures(
                 group=sample.group,
                 source=sample.source,
                 synthetic=sample.synthetic,
-                text=report_text(sample, section),
+                text=report_text(sample, sections),
                 report=sample.report,
                 labels=dict(sample.labels),
                 boxes=[box for box in sample.boxes if box.image == number],

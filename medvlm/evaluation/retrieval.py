@@ -11,7 +11,7 @@ from torch import Tensor
 
 from medvlm.errors import UserError
 from medvlm.evaluation import intervals, metrics
-from medvlm.evaluation.pictures import Picture, Section, described, lazy, load_pictures
+from medvlm.evaluation.pictures import SECTIONS, Picture, described, lazy, load_pictures
 from medvlm.evaluation.task import Context, Options, Row, Task
 from medvlm.measures import retrieval as measures
 
@@ -29,7 +29,7 @@ class Joint(Protocol):
 
 class RetrievalOptions(Options):
     k: tuple[int, ...] = measures.KS
-    section: Section = "both"
+    section: tuple[str, ...] = SECTIONS
     other_patients: bool = False  # leave out what is of the query's patient and not right
 
     @field_validator("k")
@@ -45,10 +45,10 @@ def load(reader: Any, limit: int | None, seed: int, options: RetrievalOptions) -
         reader,
         limit,
         seed,
-        section=options.section,
+        sections=options.section,
         views=options.view,
         wanted=lambda picture: picture.text is not None,
-        missing=f"no image has a report with {options.section.replace('both', 'findings or impression')}",
+        missing=f"no image has a report with {' or '.join(options.section)}",
     )
 
 
