@@ -55,9 +55,7 @@ def test_tiny_names_a_tower_that_has_no_small_stand_in(tmp_path):
     values = recipe_values("convirt")
     values["model"]["vision_tower"]["path"] = "facebook/convnext-tiny-224"
     (tmp_path / "other.yaml").write_text(json.dumps(values))
-    with pytest.raises(
-        UserError, match="no small stand-in for facebook/convnext-tiny-224; known: resnet, swin"
-    ):
+    with pytest.raises(UserError, match="no small stand-in for facebook/convnext-tiny-224; known: resnet, swin"):
         tiny_values(str(tmp_path / "other.yaml"))
 
 
