@@ -92,7 +92,8 @@ def run(
         model = Embedder(folder, trust_remote_code=trust_remote_code)
         start = time.monotonic()
         results, predictions = chosen.evaluate(model, items, given, Context(out, batch_size, seed, train_reader))
-        settings = {**given.model_dump(mode="json"), "logit_scale": model.logit_scale}
+        results["n_truncated_texts"] = len(model.truncated)
+        settings = {**given.model_dump(mode="json"), "logit_scale": model.logit_scale, "max_length": model.max_length}
     results = {
         "task": task,
         "model": str(folder),
@@ -116,6 +117,8 @@ def run(
         print(json.dumps(results, ensure_ascii=False))
     else:
         _print_table(chosen.table(results), f"{task}: {folder}", out)
+        if results.get("n_truncated_texts"):
+            print(f"{results['n_truncated_texts']} text(s) were cut to {model.max_length} tokens")
     return results
 
 

@@ -55,7 +55,6 @@ def evaluate(
     results = {
         **described(pictures),
         "n_unique_texts": len(set(texts)),
-        "n_truncated_texts": sum(t in embedder.truncated for t in set(texts)),
         "dimensions": image.shape[1],
         **{name: value for name, value in found.items() if name != "n"},
         **{f"random_{name}": value for name, value in control.items() if name != "n"},

@@ -21,8 +21,6 @@ DIRECTIONS = ("image_to_text", "text_to_image")
 class Joint(Protocol):
     """What a task asks of :class:`medvlm.inference.embed.Embedder`."""
 
-    truncated: dict[str, int]
-
     def images(self, images: Sequence[Image.Image], batch_size: int = ..., *, normalized: bool = ...) -> Tensor: ...
     def texts(self, texts: Sequence[str], batch_size: int = ..., *, normalized: bool = ...) -> Tensor: ...
 
@@ -74,7 +72,6 @@ def evaluate(
         "n_text_to_image": len(studies),
         "n_texts": len(studies),
         "n_unique_texts": len(unique),
-        "n_truncated_texts": sum(t in embedder.truncated for t in unique),
     }
     ci: dict[str, Any] = {}
     rows = []
@@ -113,7 +110,6 @@ def table(results: dict[str, Any]) -> list[Row]:
     counts = (
         ("reports", "n_texts"),
         ("  unique", "n_unique_texts"),
-        ("  cut to the model's length", "n_truncated_texts"),
     )
     return rows + [Row(label, results[key], None, results["n_texts"], number=True) for label, key in counts]
 
