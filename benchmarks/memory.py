@@ -27,8 +27,9 @@ from toy import make_tokenizer
 
 from medvlm.config.load import load_recipe
 from medvlm.models.build import build_components
-from medvlm.planning.batch import BatchShape, make_batch
+from medvlm.planning.batch import make_batch
 from medvlm.planning.rehearsal import Job, rehearse, steps_needed
+from medvlm.planning.shape import BatchShape
 
 STEPS, WORLD = 3, 2
 VISION = {

@@ -32,7 +32,9 @@ ALLOWED = {
     "medvlm.export.verify": set(),  # runs in a fresh process, through unmodified transformers
     "medvlm.export": {"medvlm.errors", "medvlm.config", "medvlm.data", "medvlm.models", "medvlm.training.checkpoint"},
     # rehearses the very code of a training; training asks it through a process of its own
-    "medvlm.planning": {"medvlm.errors", "medvlm.config", "medvlm.data", "medvlm.models", "medvlm.training"},
+    "medvlm.planning": {
+        *("medvlm.errors", "medvlm.config", "medvlm.data", "medvlm.models", "medvlm.objectives", "medvlm.training"),
+    },
     "medvlm.studies": set(),
     # trains and exports through commands; of evaluation it takes the tasks' tables
     "medvlm.study": {"medvlm", "medvlm.errors", "medvlm.config", "medvlm.evaluation", "medvlm.data.page"},

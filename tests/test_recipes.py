@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from conftest import launch, medvlm
+from dual_toy import make_bert_tokenizer
 from toy import make_tokenizer
 
 from data_prep.tokenizer import build_wordpiece
@@ -119,6 +120,16 @@ LLAMA_7B = {
     "tie_word_embeddings": False,
 }
 
+KINDS = {
+    "vision_tower": {
+        "resnet-50": "resnet",
+        "swin-tiny": "swin",
+        "vit-base": "vit",
+        "siglip-base": "siglip_vision_model",
+    },
+    "text_tower": {"bert": "bert", "siglip": "siglip_text_model"},
+}
+
 
 @pytest.fixture(scope="module")
 def without_hub(tmp_path_factory):
@@ -127,9 +138,20 @@ def without_hub(tmp_path_factory):
     for name, values in (("clip", CLIP_L), ("llama", LLAMA_7B)):
         make_tokenizer(folder / name)
         (folder / name / "config.json").write_text(json.dumps(values))
+    make_bert_tokenizer(folder / "bert")
+
+    def dual(model: dict, tower: str) -> list[str]:
+        """From scratch, at the size of the pretrained one: transformers' defaults are these sizes."""
+        path = model[tower]["path"]
+        [kind] = [kind for part, kind in KINDS[tower].items() if part in path.lower()]
+        config = json.dumps({"model_type": kind})
+        text = [f"model.text_tower.tokenizer={folder / 'bert'}"] if tower == "text_tower" else []
+        return [f"model.{tower}.path=null", f"model.{tower}.config={config}", *text]
 
     def overrides(recipe: str) -> list[str]:
         model, out = recipe_values(recipe)["model"], []
+        if model.get("family") == "dual_encoder":
+            return [value for tower in ("vision_tower", "text_tower") for value in dual(model, tower)]
         if "/" in model["vision_tower"].get("path", ""):
             out.append(f"model.vision_tower.path={folder / 'clip'}")
         if "/" in model["language_model"].get("path", ""):

@@ -17,15 +17,19 @@ from torch.utils.checkpoint import checkpoint
 CHUNK = 2**24  # of the similarity matrix's entries are in memory at a time: 64 MiB in fp32
 
 
+def row_counts(rows: Tensor) -> list[int]:
+    """How many each rank has."""
+    count = torch.tensor([len(rows)], device=rows.device)
+    counts = [torch.empty_like(count) for _ in range(dist.get_world_size())]
+    dist.all_gather(counts, count)
+    return torch.cat(counts).tolist()
+
+
 def gather_rows(rows: Tensor) -> tuple[Tensor, int]:
     """[b, ...] of each rank -> [B, ...] in the order of ranks, with gradient, and where this rank's rows begin."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return rows, 0
-    world, rank = dist.get_world_size(), dist.get_rank()
-    count = torch.tensor([len(rows)], device=rows.device)
-    counts = [torch.empty_like(count) for _ in range(world)]
-    dist.all_gather(counts, count)
-    sizes = torch.cat(counts).tolist()
+    rank, sizes = dist.get_rank(), row_counts(rows)
     filled = pad(rows, [0, 0] * (rows.dim() - 1) + [0, max(sizes) - len(rows)]).contiguous()
     every = all_gather(filled)  # type: ignore[no-untyped-call]
     return torch.cat([part[:size] for part, size in zip(every, sizes, strict=True)]), sum(sizes[:rank])

@@ -1,7 +1,5 @@
 """The batch that a plan is made for: the longest that the recipe allows, or that its data hold."""
 
-from dataclasses import dataclass
-
 import torch
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
@@ -9,20 +7,7 @@ from medvlm.config.schema import RunConfig
 from medvlm.data.conversation import IGNORE
 from medvlm.data.loader import Batch
 from medvlm.models.build import Components
-
-
-@dataclass(frozen=True)
-class BatchShape:
-    """Of one rank's micro-batch: ``rows`` of ``tokens`` tokens (image tokens included) with ``images`` images each.
-
-    ``supervised`` of the tokens of a row are learnt; their logits are made. ``packed`` rows are laid end to end.
-    """
-
-    rows: int
-    tokens: int
-    images: int
-    supervised: int
-    packed: bool
+from medvlm.planning.shape import BatchShape
 
 
 def longest(config: RunConfig, parts: Components, rows: int, tokens: int | None, images: int | None) -> BatchShape:
@@ -53,3 +38,17 @@ def make_batch(shape: BatchShape, parts: Components) -> Batch:
         segments = torch.arange(shape.rows).repeat_interleave(shape.tokens)
         positions = torch.arange(shape.tokens).repeat(shape.rows)
         return Batch(ids.view(1, -1), labels.view(1, -1), None, pixels, positions[None], segments[None], edges)
+
+
+def shapes(shape: BatchShape, parts: Components, world: int) -> dict[str, list[int]]:
+    """Of the tensors of one micro-batch of one rank."""
+    rows, tokens = (1, shape.rows * shape.tokens) if shape.packed else (shape.rows, shape.tokens)
+    images, width = shape.rows * shape.images, parts.text_config.hidden_size
+    return {
+        "input_ids": [rows, tokens],
+        "pixel_values": [images, 3, parts.image_size, parts.image_size],
+        "vision features": [images, parts.image_tokens, parts.vision_dim],
+        "projected features": [images, parts.image_tokens, width],
+        "hidden states": [rows, tokens, width],
+        "logits": [shape.rows * shape.supervised, parts.text_config.vocab_size],
+    }

@@ -9,8 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from medvlm.config.schema import RunConfig
-from medvlm.models.build import Components
-from medvlm.planning.batch import BatchShape
+from medvlm.planning.families import batches_of
 from medvlm.planning.plan import GIB, for_target, make_job
 from medvlm.planning.rehearsal import rehearse
 from medvlm.planning.report import components, open_data
@@ -33,7 +32,7 @@ def dry_run(config: RunConfig, ranks: int, as_json: bool) -> None:
         "zero": training.zero,
         "accumulation": accumulation,
         "parts": [asdict(s) for s in rehearsal.summaries],
-        "shapes": shapes(job.shape, parts),
+        "shapes": batches_of(config.model).shapes(job.shape, parts, ranks),
         "bytes_per_rank": {**rehearsal.state, "peak": rehearsal.peak, "host": rehearsal.host},
         "reads": reads(config, parts, ranks, accumulation),
         "checkpoints": checkpoints(config),
@@ -45,21 +44,7 @@ def dry_run(config: RunConfig, ranks: int, as_json: bool) -> None:
         _show(values)
 
 
-def shapes(shape: BatchShape, parts: Components) -> dict[str, list[int]]:
-    """Of the tensors of one micro-batch of one rank."""
-    rows, tokens = (1, shape.rows * shape.tokens) if shape.packed else (shape.rows, shape.tokens)
-    images, width = shape.rows * shape.images, parts.text_config.hidden_size
-    return {
-        "input_ids": [rows, tokens],
-        "pixel_values": [images, 3, parts.image_size, parts.image_size],
-        "vision features": [images, parts.image_tokens, parts.vision_dim],
-        "projected features": [images, parts.image_tokens, width],
-        "hidden states": [rows, tokens, width],
-        "logits": [shape.rows * shape.supervised, parts.text_config.vocab_size],
-    }
-
-
-def reads(config: RunConfig, parts: Components, ranks: int, accumulation: int) -> dict[str, Any]:
+def reads(config: RunConfig, parts: Any, ranks: int, accumulation: int) -> dict[str, Any]:
     """Keys that the first and the last rank read in the first and the last step; or why that cannot be said."""
     from medvlm.training.setup import total_steps
 

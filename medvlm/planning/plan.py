@@ -2,12 +2,14 @@
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
+from medvlm.config.model import Llava
 from medvlm.config.schema import RunConfig
 from medvlm.errors import UserError
-from medvlm.models.build import Components
-from medvlm.planning.batch import BatchShape, longest
+from medvlm.planning.families import batches_of
 from medvlm.planning.rehearsal import Job, Rehearsal, rehearse, steps_needed
+from medvlm.planning.shape import BatchShape
 from medvlm.planning.step_time import Rates, StepTime, step_time
 
 GIB = 2**30
@@ -56,7 +58,7 @@ class Plan:
 
 def make_plan(
     config: RunConfig,
-    parts: Components,
+    parts: Any,
     machine: Machine,
     tokens: int | None,
     images: int | None,
@@ -95,22 +97,24 @@ def make_plan(
         option = judge(there, chosen.zero, chosen.micro_batch_size, accumulation, rehearsal)
         scaling.append((gpus, chosen.micro_batch_size * gpus * accumulation, option))
     own_option = next((o for o in options if (o.zero, o.micro_batch_size) == (training.zero, own)), None)
-    shape = longest(config, parts, chosen.micro_batch_size, tokens, images)
+    shape = batches_of(config.model).longest(config, parts, chosen.micro_batch_size, tokens, images)
     return Plan(machine, shape, options, own_option, best, exact[0].peak_kinds, sorted(scaling, key=lambda row: row[0]))
 
 
 def for_target(config: RunConfig, target: str) -> RunConfig:
     """The recipe as it would run there: bf16 on a GPU. Kernels are this machine's: what they keep is much the same."""
-    training, model = config.training, config.llava
+    training, model = config.training, config.model
     if training.precision == "auto":
         training = training.model_copy(update={"precision": "bf16" if target == "cuda" else "fp32"})
-    model = model.model_copy(update={"kernels": "auto"} | ({} if model.attention == "eager" else {"attention": "auto"}))
+    if isinstance(model, Llava):
+        attention = {} if model.attention == "eager" else {"attention": "auto"}
+        model = model.model_copy(update={"kernels": "auto", **attention})
     return config.model_copy(update={"training": training, "model": model})
 
 
 def make_job(
     config: RunConfig,
-    parts: Components,
+    parts: Any,
     target: str,
     zero: str,
     micro: int,
@@ -125,7 +129,7 @@ def make_job(
     several = steps is None and config.training.global_batch_size > micro * gpus
     update = {"zero": zero, "micro_batch_size": micro, "global_batch_size": micro * gpus * (2 if several else 1)}
     config = config.model_copy(update={"training": config.training.model_copy(update=update)})
-    shape = longest(config, parts, micro, tokens, images)
+    shape = batches_of(config.model).longest(config, parts, micro, tokens, images)
     ds_config = deepspeed_config(config, gpus)
     return Job(config, parts, ds_config, gpus, shape, target, steps or steps_needed(ds_config))
 

@@ -10,18 +10,18 @@ import os
 import time
 import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from medvlm.config.model import Llava
 from medvlm.config.schema import RunConfig
-from medvlm.models.build import Components, build_model
-from medvlm.models.trainable import PartSummary
-from medvlm.planning.batch import BatchShape, make_batch
+from medvlm.models.trainable import PartSummary, backbones
 from medvlm.planning.fake import ACTIVATIONS, OTHER, Collectives, Count, fake_tensors, fused_attention
+from medvlm.planning.families import batches_of
+from medvlm.planning.shape import BatchShape
 
 GRADIENTS, OPTIMIZER, PARAMETERS, BUCKETS = "gradients", "optimizer", "parameters", "communication buckets"
 DEFAULT_BUCKET = 500_000_000  # DeepSpeed's reduce_bucket_size, in elements
@@ -32,7 +32,7 @@ class Job:
     """One rehearsal. ``target`` is cuda or cpu; ``steps`` are `steps_needed` for the memory of a long run."""
 
     config: RunConfig
-    parts: Components
+    parts: Any
     ds_config: dict[str, Any]
     world: int
     shape: BatchShape
@@ -92,17 +92,18 @@ def rehearse(jobs: Sequence[Job]) -> list[Rehearsal]:
 def rehearse_here(job: Job) -> Rehearsal:
     """In this process, of which nothing else can be made afterwards."""
     from medvlm.training import distributed
+    from medvlm.training.families import Pass, family_of
     from medvlm.training.optimizer import make_optimizer
     from medvlm.training.setup import precision, prepare
 
     started = time.perf_counter()
     device = torch.device("meta" if job.target == "cuda" else "cpu")
     _pretend(job.world, device)
-    config, count = job.config, Count()
+    config, count, family = job.config, Count(), family_of(job.config.model)
     with fake_tensors(), fused_attention(), count:
         stage = job.ds_config["zero_optimization"]["stage"]
         with torch.device("cpu") if stage == 3 else device:  # ZeRO-3 moves what it shards
-            model = build_model(_without_weights(config.llava), job.parts, precision(config), job.ds_config)
+            model = family.build(_without_weights(config), job.parts, precision(config), job.ds_config)
         summaries, groups = prepare(model, config, job.parts)
         optimizer = make_optimizer(groups, config, stage)
         _mark_updates(optimizer, count, one_kernel=job.target == "cuda")
@@ -114,14 +115,18 @@ def rehearse_here(job: Job) -> Rehearsal:
         )
         _phases(engine, count)
         accumulation = job.ds_config["gradient_accumulation_steps"]
-        batch = make_batch(job.shape, job.parts)
+        batches = [batches_of(config.model).make_batch(job.shape, job.parts)] * accumulation
+        counts = {name: sum(getattr(b, name) for b in batches) for name in ("targets", *family.counted)}
+        given = Pass(
+            *(config, engine, device, counts["targets"], counts, job.world, accumulation, 0),
+            lambda _: nullcontext(),
+        )
         for _ in range(job.steps):
             _label(count, engine)
             count.collectives.clear()
             count.flops = count.transfers = 0
-            for _ in range(accumulation):
-                engine.backward(engine(**batch.inputs(device)))
-                engine.step()
+            family.passes(given, batches)
+            engine.step()
         state = _label(count, engine)
     on_device = {phase: kinds for (phase, where), (_, kinds) in count.peaks.items() if where == device.type}
     offloads = {"offload_optimizer", "offload_param"} & job.ds_config["zero_optimization"].keys()
@@ -150,6 +155,7 @@ def _pretend(world: int, device: torch.device) -> None:
     from deepspeed.utils import logger
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
+    from medvlm.objectives import contrastive
     from medvlm.training import distributed
 
     class Pretended(CPU_Accelerator):
@@ -166,7 +172,8 @@ def _pretend(world: int, device: torch.device) -> None:
     distributed.deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
     distributed.deepspeed.init_distributed("fake", verbose=False)
-    # nobody is there to disagree
+    # nobody is there to disagree, or to have other numbers of rows
+    contrastive.row_counts = lambda rows: [len(rows)] * world
     zero_utils.assert_lst_len_same_as_other_ranks = lambda _: None
     zero_utils.get_lst_from_rank0 = lambda values: values
 
@@ -188,11 +195,11 @@ def _apply(module: nn.Module, function: Any, recurse: bool = True) -> nn.Module:
     return module
 
 
-def _without_weights(model: Llava) -> Llava:
+def _without_weights(config: RunConfig) -> RunConfig:
     """The same shapes from scratch: what a pretrained backbone holds is of no interest."""
-    origin = {"path": None, "config": {"model_type": ""}}
-    parts = {name: getattr(model, name).model_copy(update=origin) for name in ("vision_tower", "language_model")}
-    return model.model_copy(update=parts)
+    model, origin = config.model, {"path": None, "config": {"model_type": ""}}
+    parts = {name: getattr(model, name).model_copy(update=origin) for name in backbones(model)}
+    return config.model_copy(update={"model": model.model_copy(update=parts)})
 
 
 def _for_rehearsal(job: Job, summaries: list[PartSummary]) -> dict[str, Any]:

@@ -10,7 +10,6 @@ from rich.table import Table
 from medvlm.config.schema import RunConfig
 from medvlm.data.loader import MicroBatches
 from medvlm.errors import UserError
-from medvlm.models.build import Components
 from medvlm.planning.plan import GIB, SLACK, Machine, Option, Plan, make_plan
 from medvlm.training.families import family_of
 
@@ -25,7 +24,7 @@ def plan(config: RunConfig, machine: Machine, tokens: int | None, images: int | 
         _show(config, made, steps)
 
 
-def components(config: RunConfig) -> Components:
+def components(config: RunConfig) -> Any:
     """Configurations and tokenizer, never weights."""
     try:
         return family_of(config.model).components(config)
@@ -38,7 +37,7 @@ def components(config: RunConfig) -> Components:
         ) from None
 
 
-def known_steps(config: RunConfig, parts: Components) -> int | None:
+def known_steps(config: RunConfig, parts: Any) -> int | None:
     """The recipe's steps; None where they depend on data that are not there."""
     from medvlm.training.feed import make_plan as make_data_plan
     from medvlm.training.feed import needs_lengths
@@ -52,7 +51,7 @@ def known_steps(config: RunConfig, parts: Components) -> int | None:
     return total_steps(config, make_data_plan(config, data, None))
 
 
-def open_data(config: RunConfig, parts: Components) -> MicroBatches | None:
+def open_data(config: RunConfig, parts: Any) -> MicroBatches | None:
     """The recipe's training data, or None where a folder of it is not there."""
     from medvlm.training.feed import training_data
 
