@@ -1,0 +1,119 @@
+"""What a dual encoder's recipe or data may have wrong: handled, or one sentence that names it."""
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+from conftest import launch
+from dual_world import make_pairs, pairs_recipe
+from plain import metrics
+from test_dual_training import Alone
+
+from medvlm.config.load import load_recipe
+from medvlm.data.pairs import EncodedPair
+from medvlm.errors import UserError
+from medvlm.training import feed
+from medvlm.training.families import Pass, family_of
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return make_pairs(tmp_path_factory.mktemp("pairs"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (["model.similarity.temperature=.nan"], "model.similarity.temperature: Input should be"),
+        (["model.similarity.temperature=0.001"], "1 / temperature is 1000, above max_scale 100"),
+        (["model.similarity.bias=.inf"], "model.similarity.bias: Input should be a finite number"),
+        (["objective.kind=sigmoid"], "model.similarity.bias: the sigmoid objective needs one"),
+        (["objective.kind=clip"], "objective.kind: Input should be 'info_nce', 'sigmoid' or 'semantic_matching'"),
+        (["objective=null"], "objective: a dual encoder needs one"),
+        (["model.family=blip"], "model: family: must be llava or dual_encoder"),
+        (["model.text_towr.pooling=cls"], "model.text_towr: unknown key; did you mean 'text_tower'?"),
+        (["model.vision_head.kind=mpl"], "model.vision_head.kind: Input should be"),
+        (["training.global_batch_size=1", "training.micro_batch_size=1"], "compares at least 2 pairs"),
+        (["data.packing.tokens=128"], "data.packing: is for language models"),
+        (["training.sequence_parallel=2"], "training.sequence_parallel: is for language models"),
+        (["model.text_tower.pooling=pooler", "model.text_tower.pooling_layers=[1,-1]"], "is of the last layer"),
+    ],
+)
+def test_a_wrong_recipe_is_refused_with_one_sentence(folder, overrides, sentence):
+    with pytest.raises(UserError) as refused:
+        load_recipe(str(pairs_recipe(folder, "wrong")), overrides)
+    assert sentence in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_texts_longer_than_the_towers_positions_are_refused_at_the_start(folder):
+    message = launch(pairs_recipe(folder, "long"), "data.max_length=512", ranks=1, fails=True)
+    assert "data.max_length: 512 is more than the 128 tokens that the text tower has positions for" in message
+    assert "Traceback" not in message
+
+
+def test_longer_texts_are_cut_and_counted(folder):
+    launch(pairs_recipe(folder, "cut", data__max_length=12, training__steps=1), ranks=1)
+    [row] = metrics(folder, "cut")
+    assert row["truncated"] > 0 and row["tokens"] <= 12 * row["texts"]
+
+
+def passes(config, rows):
+    family = family_of(config.model)
+    parts = family.components(config)
+    model = family.build(config, parts, torch.float32, None)
+    batch = feed.training_data(config, parts).collate(rows)
+    given = Pass(config, Alone(model), torch.device("cpu"), batch.targets, {}, 1, 1, 0, lambda _: nullcontext())
+    outcome = family.passes(given, [batch])
+    return outcome, [p.grad for p in model.parameters() if p.grad is not None]
+
+
+def row(n, labels=None):
+    image = torch.full((1, 32, 32), 10 * n, dtype=torch.uint8)
+    return EncodedPair([3, 5 + n, 4], image, image_labels=labels, text_labels=labels)
+
+
+def test_one_pair_alone_teaches_nothing_and_harms_nothing(folder):
+    outcome, gradients = passes(load_recipe(str(pairs_recipe(folder, "one"))), [row(1)])
+    assert float(outcome.share) == 0 and outcome.finite == [True]
+    assert all(not gradient.any() for gradient in gradients)
+
+
+@pytest.mark.parametrize("labels", [[0.0] * 14, [1.0] + [0.0] * 13], ids=["nothing said", "No Finding"])
+@pytest.mark.parametrize("similarity", ["cosine", "dot"])
+def test_a_batch_of_normal_studies_matches_all_with_all(folder, labels, similarity):
+    """Their labels are all alike, so each image is to match every text by a third."""
+    objective = {"kind": "semantic_matching", "label_similarity": similarity}
+    config = load_recipe(str(pairs_recipe(folder, "normal", objective=objective)))
+    outcome, gradients = passes(config, [row(n, labels) for n in range(3)])
+    assert outcome.finite == [True] and all(bool(g.isfinite().all()) for g in gradients)
+    assert float(outcome.share) >= torch.log(torch.tensor(3.0)), "no less than the entropy of the target"
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "reason"),
+    [
+        ({"report": {"findings": " ", "impression": "Normal."}}, {}, "its report has less than 3 words"),
+        ({"report": {"indication": "Cough and fever."}}, {}, "empty report: nothing to read in findings, impression"),
+        ({"images": [], "boxes": []}, {}, "no image, and an image and a text make a pair"),
+        (
+            {"report": {"indication": "Cough."}, "labels": {}},
+            {"objective": {"kind": "semantic_matching"}, "data__pairs": {"labels": ["Edema"]}},
+            "has none of the labels Edema",
+        ),
+    ],
+    ids=["few words", "empty", "no image", "no labels"],
+)
+def test_a_sample_that_makes_no_pair_is_set_aside_with_the_reason(folder, change, options, reason):
+    config = load_recipe(str(pairs_recipe(folder, "aside", **options)))
+    data = feed.training_data(config, family_of(config.model).components(config))
+    sample, members = data.reader.load(0)
+    with pytest.raises(UserError, match=reason):
+        data.encoder(sample.model_copy(update=change), [] if "images" in change else members, 0)
+
+
+def test_a_run_without_any_pair_stops_and_says_so(folder):
+    path = pairs_recipe(folder, "none", data__pairs={"sections": ["comparison"]})
+    message = launch(path, ranks=1, fails=True)
+    assert "samples were quarantined, 0 pairs are left in this batch" in message
+    rows = (folder / "runs" / "none" / "quarantine-rank0.jsonl").read_text()
+    assert "empty report: nothing to read in comparison" in rows
