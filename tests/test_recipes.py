@@ -120,16 +120,6 @@ LLAMA_7B = {
     "tie_word_embeddings": False,
 }
 
-KINDS = {
-    "vision_tower": {
-        "resnet-50": "resnet",
-        "swin-tiny": "swin",
-        "vit-base": "vit",
-        "siglip-base": "siglip_vision_model",
-    },
-    "text_tower": {"bert": "bert", "siglip": "siglip_text_model"},
-}
-
 
 @pytest.fixture(scope="module")
 def without_hub(tmp_path_factory):
@@ -140,18 +130,12 @@ def without_hub(tmp_path_factory):
         (folder / name / "config.json").write_text(json.dumps(values))
     make_bert_tokenizer(folder / "bert")
 
-    def dual(model: dict, tower: str) -> list[str]:
-        """From scratch, at the size of the pretrained one: transformers' defaults are these sizes."""
-        path = model[tower]["path"]
-        [kind] = [kind for part, kind in KINDS[tower].items() if part in path.lower()]
-        config = json.dumps({"model_type": kind})
-        text = [f"model.text_tower.tokenizer={folder / 'bert'}"] if tower == "text_tower" else []
-        return [f"model.{tower}.path=null", f"model.{tower}.config={config}", *text]
-
     def overrides(recipe: str) -> list[str]:
         model, out = recipe_values(recipe)["model"], []
-        if model.get("family") == "dual_encoder":
-            return [value for tower in ("vision_tower", "text_tower") for value in dual(model, tower)]
+        if recipe in DUAL:  # from scratch: transformers' defaults have the sizes of the pretrained ones
+            for tower, kind in zip(("vision_tower", "text_tower"), KINDS[recipe], strict=False):
+                out += [f"model.{tower}.path=null", f"model.{tower}.config={json.dumps({'model_type': kind})}"]
+            return [*out, f"model.text_tower.tokenizer={folder / 'bert'}"]
         if "/" in model["vision_tower"].get("path", ""):
             out.append(f"model.vision_tower.path={folder / 'clip'}")
         if "/" in model["language_model"].get("path", ""):
@@ -164,7 +148,9 @@ def without_hub(tmp_path_factory):
 
 
 @pytest.mark.parametrize("ranks", [8, 64])
-@pytest.mark.parametrize("name", [pytest.param(n, marks=needs_smollm2 if "smollm2" in n else ()) for n in LLAVA])
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=needs_smollm2 if "smollm2" in n else ()) for n in recipe_names()]
+)
 def test_every_recipe_is_rehearsed_at_full_size_on_many_ranks(name, ranks, without_hub):
     batch = ["training.global_batch_size=128", "training.micro_batch_size=2"]
     values = json.loads(medvlm("train", name, *without_hub(name), *batch, "--dry-run", "--ranks", ranks, "--json"))

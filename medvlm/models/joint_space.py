@@ -33,9 +33,9 @@ class Similarity(nn.Module):
     def __init__(self, temperature: float, max_scale: float, bias: float | None):
         super().__init__()
         # one dimension, not none: deepspeed.initialize fails on parameters without
-        self.log_scale = nn.Parameter(torch.tensor([-math.log(temperature)]))
+        self.log_scale = nn.Parameter(torch.full((1,), -math.log(temperature)))
         self.limit = math.log(max_scale)
-        self.bias = None if bias is None else nn.Parameter(torch.tensor([float(bias)]))
+        self.bias = None if bias is None else nn.Parameter(torch.full((1,), float(bias)))
 
     def forward(self) -> tuple[Tensor, ...]:
         """Scale [], and bias [] if there is one, in fp32; the scale is at most ``max_scale``."""

@@ -181,7 +181,7 @@ def _pretend(world: int, device: torch.device) -> None:
 def _apply(module: nn.Module, function: Any, recurse: bool = True) -> nn.Module:
     """`nn.Module._apply`, which wants to swap tensors in place and cannot where they are fake."""
     for child in module.children() if recurse else ():
-        _apply(child, function)
+        child._apply(function)
     for key, p in list(module._parameters.items()):
         if p is None or (moved := function(p)) is p:
             continue
