@@ -133,7 +133,7 @@ def without_hub(tmp_path_factory):
     def overrides(recipe: str) -> list[str]:
         model, out = recipe_values(recipe)["model"], []
         if recipe in DUAL:  # from scratch: transformers' defaults have the sizes of the pretrained ones
-            for tower, kind in zip(("vision_tower", "text_tower"), KINDS[recipe], strict=False):
+            for tower, kind in zip(("vision_tower", "text_tower"), TOWERS_AND_HEADS[recipe], strict=False):
                 out += [f"model.{tower}.path=null", f"model.{tower}.config={json.dumps({'model_type': kind})}"]
             return [*out, f"model.text_tower.tokenizer={folder / 'bert'}"]
         if "/" in model["vision_tower"].get("path", ""):

@@ -155,7 +155,7 @@ def _pretend(world: int, device: torch.device) -> None:
     from deepspeed.utils import logger
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    from medvlm.objectives import contrastive
+    from medvlm.objectives import gather
     from medvlm.training import distributed
 
     class Pretended(CPU_Accelerator):
@@ -173,7 +173,7 @@ def _pretend(world: int, device: torch.device) -> None:
     torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
     distributed.deepspeed.init_distributed("fake", verbose=False)
     # nobody is there to disagree, or to have other numbers of rows
-    contrastive.row_counts = lambda rows: [len(rows)] * world
+    gather.row_counts = lambda rows: [len(rows)] * world
     zero_utils.assert_lst_len_same_as_other_ranks = lambda _: None
     zero_utils.get_lst_from_rank0 = lambda values: values
 
