@@ -14,6 +14,8 @@ from medvlm import evaluation
 from medvlm.errors import UserError
 from medvlm.evaluation import intervals, linear_probe
 
+pytest.importorskip("sklearn")
+
 
 @pytest.fixture(autouse=True)
 def few_draws(monkeypatch):

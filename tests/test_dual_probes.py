@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from dual_cases import Model, Reader, labelled, reports, unit
 from PIL import Image
-from sklearn import metrics as reference
 
 from medvlm.errors import UserError
 from medvlm.evaluation import (
@@ -16,6 +15,8 @@ from medvlm.evaluation import (
     linear_probe,
 )
 from medvlm.evaluation.task import Context
+
+reference = pytest.importorskip("sklearn.metrics")
 
 
 @pytest.fixture(autouse=True)

@@ -1,10 +1,11 @@
 """Retrieval, zero-shot and precision at k by hand, on models that know the answer."""
 
+import sys
+
 import numpy as np
 import pytest
 import torch
 from dual_cases import BASE, SIDE, Model, Reader, labelled, reports, unit
-from sklearn import metrics as reference
 
 from medvlm.errors import UserError
 from medvlm.evaluation import (
@@ -15,13 +16,21 @@ from medvlm.evaluation import (
     zero_shot,
 )
 from medvlm.evaluation.pictures import load_pictures, only_class, truth
-from medvlm.evaluation.task import Context
+from medvlm.evaluation.task import Context, library
+
+reference = pytest.importorskip("sklearn.metrics")
 
 
 @pytest.fixture(autouse=True)
 def few_draws(monkeypatch):
     monkeypatch.setattr(intervals, "RESAMPLES", 30)
     monkeypatch.setattr(linear_probe, "GRID", [0.01, 1.0])
+
+
+def test_a_missing_library_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn.metrics", None)
+    with pytest.raises(UserError, match=r"needs scikit-learn: pip install 'medvlm\[eval\]'"):
+        library("sklearn.metrics")
 
 
 # ---- labels

@@ -8,12 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from medvlm.data.page import require
 from medvlm.errors import UserError
 from medvlm.evaluation.metrics import bootstrap_interval
 from medvlm.evaluation.pictures import SECTIONS, Picture, described, lazy, load_pictures
 from medvlm.evaluation.retrieval import Joint
-from medvlm.evaluation.task import Context, Options, Row, Task
+from medvlm.evaluation.task import Context, Options, Row, Task, library
 from medvlm.measures import embedding_space as measures
 
 
@@ -66,7 +65,7 @@ def evaluate(
 
 def plot(out: Path, image: Tensor, text: Tensor, cosines: np.ndarray) -> str:
     """Write spectra, and cosines of pairs and of other pairs, as one picture; returns its name within ``out``."""
-    figure = require("matplotlib.figure").Figure(figsize=(9, 3.6), layout="constrained")
+    figure = library("matplotlib.figure").Figure(figsize=(9, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
     for name, rows, color in (("image", image, "#4e79a7"), ("text", text, "#f28e2b")):
         sigma = torch.linalg.svdvals(rows.double()).numpy()

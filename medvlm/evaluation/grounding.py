@@ -11,12 +11,11 @@ from PIL import Image
 from pydantic import Field
 from torch import Tensor
 
-from medvlm.data.page import require
 from medvlm.errors import UserError
 from medvlm.evaluation import heat_map
 from medvlm.evaluation.metrics import bootstrap_interval
 from medvlm.evaluation.pictures import Picture, described, drawn, load_pictures
-from medvlm.evaluation.task import Context, Options, Row, Task
+from medvlm.evaluation.task import Context, Options, Row, Task, library
 
 SCORES = ("cnr", "cnr_absolute", "miou", "miou_rescaled")
 CONTROLS = {"cnr": "other_cnr", "miou": "whole_image_iou", "miou_rescaled": "other_miou_rescaled"}
@@ -163,8 +162,8 @@ def _results(phrases: Sequence[Phrase], rows: list[dict[str, Any]], unseen: int,
 
 def _draw(out: Path, number: int, phrase: Phrase, image: Image.Image, heat: np.ndarray, cnr: float) -> str:
     """Write the picture with its heat map and boxes; returns its path within the folder ``out``."""
-    matplotlib = require("matplotlib")
-    figure = require("matplotlib.figure").Figure(figsize=(8, 4.2), layout="constrained")
+    matplotlib = library("matplotlib")
+    figure = library("matplotlib.figure").Figure(figsize=(8, 4.2), layout="constrained")
     name = f"heat_maps/{number:04d}-{phrase.picture.key}.png"
     (out / "heat_maps").mkdir(parents=True, exist_ok=True)
     for axis, over in zip(figure.subplots(1, 2), (False, True), strict=True):

@@ -8,6 +8,7 @@ from PIL import Image
 from torch import Tensor
 
 from medvlm.errors import UserError
+from medvlm.evaluation.task import library
 
 SIGMA = 1.5  # patches, as BioViL's code (hi-ml-multimodal) smooths
 THRESHOLDS = (0.1, 0.2, 0.3, 0.4, 0.5)
@@ -58,19 +59,17 @@ def find_frame(process: Callable[[list[Image.Image]], Tensor], width: int, heigh
 
 def similarity_map(patches: Tensor, text: Tensor, sigma: float = SIGMA) -> np.ndarray:
     """Patches [h, w, D] and a text [D], of length 1 -> smoothed cosines [h, w]; ``sigma`` is in patches."""
-    from scipy.ndimage import gaussian_filter
-
-    return gaussian_filter((patches @ text).double().numpy(), sigma) if sigma else (patches @ text).double().numpy()
+    cosines = (patches @ text).double().numpy()
+    return library("scipy.ndimage").gaussian_filter(cosines, sigma) if sigma else cosines
 
 
 def place(cosines: np.ndarray, frame: Frame, width: int, height: int) -> np.ndarray:
     """[h, w] of the patches -> [height, width] of the picture, bilinear; NaN where the model does not see it."""
-    from scipy.ndimage import map_coordinates
-
     x = frame.ax * (np.arange(width) + 0.5) + frame.bx
     y = frame.ay * (np.arange(height) + 0.5) + frame.by
     rows, columns = y / frame.height * cosines.shape[0] - 0.5, x / frame.width * cosines.shape[1] - 0.5
-    out = map_coordinates(cosines, np.meshgrid(rows, columns, indexing="ij"), order=1, mode="nearest")
+    places = np.meshgrid(rows, columns, indexing="ij")
+    out = library("scipy.ndimage").map_coordinates(cosines, places, order=1, mode="nearest")
     slack = 1e-2  # of a pixel: the fit of the frame is not exact
     out[(y < -slack) | (y > frame.height + slack)] = np.nan
     out[:, (x < -slack) | (x > frame.width + slack)] = np.nan

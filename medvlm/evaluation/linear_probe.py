@@ -12,7 +12,7 @@ from medvlm.errors import UserError
 from medvlm.evaluation import intervals
 from medvlm.evaluation.pictures import Picture, described, has_labels, known_labels, lazy, load_pictures, truth
 from medvlm.evaluation.retrieval import Joint
-from medvlm.evaluation.task import Context, Options, Row, Task, scikit_learn
+from medvlm.evaluation.task import Context, Options, Row, Task, library
 from medvlm.evaluation.zero_shot import auroc
 
 FRACTIONS = (0.01, 0.1, 1.0)
@@ -52,11 +52,11 @@ def probe(train: Data, validation: Data, test: Data, label: int) -> np.ndarray |
     if any(len(set(y.tolist())) < 2 for _, y in parts):
         return None
     (x, y), (validation_x, validation_y) = parts
-    scaler = scikit_learn("preprocessing").StandardScaler().fit(x)
+    scaler = library("sklearn.preprocessing").StandardScaler().fit(x)
     x, validation_x, test_x = scaler.transform(x), scaler.transform(validation_x), scaler.transform(test.x)
     best, scores = -math.inf, None
     for strength in GRID:
-        model = scikit_learn("linear_model").LogisticRegression(C=strength, max_iter=2000).fit(x, y)
+        model = library("sklearn.linear_model").LogisticRegression(C=strength, max_iter=2000).fit(x, y)
         area = auroc(validation_y, model.decision_function(validation_x))
         if area is not None and area > best:
             best, scores = area, model.decision_function(test_x)
@@ -80,7 +80,7 @@ def evaluate(
     """
     labels = known_labels(pictures)
     table = np.array([[_value(truth(p, n, options.uncertain, options.unmentioned)) for n in labels] for p in pictures])
-    scikit_learn("linear_model")
+    library("sklearn.linear_model")
     x = embedder.images(lazy(pictures), context.batch_size, normalized=False).numpy()
     test = Data(x, table, np.array([p.group for p in pictures]))
     tested = list(pictures)

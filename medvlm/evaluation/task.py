@@ -64,9 +64,10 @@ class Task(NamedTuple):
     options: type[Options] | None = None
 
 
-def scikit_learn(part: str) -> Any:
-    """``sklearn.PART``, which is optional. Raises UserError that says how to install it."""
+def library(name: str) -> Any:
+    """A module of a library that only evaluation needs. Raises UserError that says how to install it."""
     try:
-        return importlib.import_module(f"sklearn.{part}")
+        return importlib.import_module(name)
     except ImportError:
-        raise UserError("this task needs scikit-learn: pip install 'medvlm[eval]'") from None
+        package = name.split(".")[0].replace("sklearn", "scikit-learn")
+        raise UserError(f"this task needs {package}: pip install 'medvlm[eval]'") from None

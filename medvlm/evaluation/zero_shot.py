@@ -23,7 +23,7 @@ from medvlm.evaluation.pictures import (
 )
 from medvlm.evaluation.prompts import BinarySet, MulticlassSet, load_prompts
 from medvlm.evaluation.retrieval import Joint
-from medvlm.evaluation.task import Context, Options, Row, Task, scikit_learn
+from medvlm.evaluation.task import Context, Options, Row, Task, library
 
 Aggregate = Literal["max", "mean"]
 
@@ -62,13 +62,11 @@ def auroc(truths: np.ndarray, scores: np.ndarray) -> float | None:
     By the ranks of the positives (Mann & Whitney), ties counting half: scikit-learn's number, for intervals' thousands
     of draws in a tenth of its time.
     """
-    from scipy.stats import rankdata
-
     positive = int(truths.sum())
     negative = len(truths) - positive
     if not positive or not negative:
         return None
-    ranks = rankdata(scores)[truths == 1].sum()
+    ranks = library("scipy.stats").rankdata(scores)[truths == 1].sum()
     return float((ranks - positive * (positive + 1) / 2) / (positive * negative))
 
 
@@ -127,7 +125,7 @@ def _binary(
             "prevalence": float(y.mean()),
             "auroc": area,
             "auroc_ci95": span,
-            "average_precision": float(scikit_learn("metrics").average_precision_score(y, s)),
+            "average_precision": float(library("sklearn.metrics").average_precision_score(y, s)),
         }
     results = {
         **described(pictures),
@@ -170,7 +168,7 @@ def _multiclass(
     transductive = ((scores - scores.mean(0)) / spread).argmax(1)
     owners = [p.group for p in kept]
     counts = np.bincount(y, minlength=len(classes))
-    f1 = scikit_learn("metrics").f1_score
+    f1 = library("sklearn.metrics").f1_score
 
     def measured(rows: np.ndarray) -> list[float]:
         macro = f1(y[rows], said[rows], average="macro", labels=range(len(classes)), zero_division=0)
