@@ -16,11 +16,11 @@ from medvlm.config.model import VisionTower
 from medvlm.config.objective import Objective
 from medvlm.errors import UserError
 from medvlm.export.dual_encoder import Trained, answers, compare, not_expressible, write_folder
-from medvlm.export.writing import persistent_buffers
 from medvlm.inference.embed import Embedder
 from medvlm.models import build
 from medvlm.models.backbones import backbone_config, load_tower
 from medvlm.models.build_dual_encoder import build_components, build_model
+from medvlm.training.checkpoint.fragments import persistent_buffers
 
 POOLED = {"text_tower__pooling": "pooler"}
 NO_HEADS = {"vision_head__kind": "none", "text_head__kind": "none", "embedding_dim": 32}

@@ -31,13 +31,14 @@ from medvlm.data.images import ImageTransform
 from medvlm.errors import UserError
 from medvlm.export import dual_encoder_modeling as modeling
 from medvlm.export.dual_encoder_card import LABELS, dual_encoder_card
-from medvlm.export.writing import TOLERANCE, fresh_process, open_run, persistent_buffers, write_weights
+from medvlm.export.writing import TOLERANCE, fresh_process, open_run, write_weights
 from medvlm.models.backbones import TOWER
 from medvlm.models.build_dual_encoder import DualComponents, build_components, build_model
 from medvlm.models.dual_encoder import DualEncoderModel
 from medvlm.models.joint_space import Similarity
 from medvlm.models.lora import add_adapters
 from medvlm.training import checkpoint
+from medvlm.training.checkpoint.fragments import persistent_buffers
 from medvlm.training.checkpoint.pieces import Pieces
 
 CODE = ("poolings", "prior_image", "heads", "joint_space")  # modules of `medvlm.models` that the modelling code imports

@@ -16,6 +16,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from medvlm.config.schema import RunConfig
 from medvlm.errors import UserError
 from medvlm.training import checkpoint
+from medvlm.training.checkpoint.fragments import persistent_buffers
 
 TOLERANCE = 1e-5
 SHARD_BYTES = 4 * 2**30
@@ -55,12 +56,6 @@ def write_weights(
         pieces = partial(checkpoint.in_pieces, *sources[name], kind)
         entries.append(checkpoint.Entry(file_name, kind, tuple(tensors[name].shape), pieces))
     checkpoint.write_sharded(folder, entries, SHARD_BYTES)
-
-
-def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """Those that a state dict holds, such as running means."""
-    stored = model.state_dict().keys()
-    return {name: value for name, value in model.named_buffers() if name in stored}
 
 
 def file_names(target: Any, tensors: dict[str, Any]) -> dict[str, str]:
