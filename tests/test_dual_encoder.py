@@ -55,6 +55,7 @@ def stock(config, theirs, ours, names):
         for old, new in names.items():
             if key.startswith(old):
                 found = ours.state_dict()[new + key.removeprefix(old)]
+                found = found + ours.similarity.start if key == "logit_scale" else found
                 state[key] = found.reshape(state[key].shape)
     model.load_state_dict(state)
     assert theirs in type(model).__name__

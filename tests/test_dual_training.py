@@ -8,7 +8,7 @@ import torch
 from conftest import launch
 from dual_toy import CLIP_TEXT, RESNET, SWIN
 from dual_world import make_pairs, pairs_recipe
-from plain import assert_same_run, metrics, plain_pytorch, whole_loss
+from plain import assert_same_run, initialised, metrics, plain_pytorch, whole_loss
 
 from medvlm.config.load import load_recipe
 from medvlm.training import feed
@@ -171,6 +171,17 @@ def test_a_run_goes_on_where_it_stopped(folder):
     rows = [metrics(folder, name) for name in ("whole", "parted")]
     assert [r["loss"] for r in rows[0]] == [r["loss"] for r in rows[1]]
     assert {"contrastive", "masked_language_modeling"} == rows[0][0]["losses"].keys()
+
+
+def test_a_run_begins_with_anothers_statistics_of_batches(folder):
+    options = {"model__vision_head": {"kind": "conv", "norm": "batch"}, "model__vision_tower__image_size": 32}
+    first = pairs_recipe(folder, "first", RESNET, **options, **FAST)
+    launch(first, ranks=1)
+    second = pairs_recipe(folder, "second", RESNET, **options, model__init_from=str(folder / "runs" / "first"))
+    config = load_recipe(str(second))
+    model = initialised(config, family_of(config.model).components(config))
+    found = {name: b for name, b in model.named_buffers() if name.endswith("running_var")}
+    assert found and all(float((b - 1).abs().max()) > 1e-3 for b in found.values())
 
 
 def test_embeddings_are_looked_at_during_training(folder):

@@ -199,8 +199,8 @@ def sources(trained: Trained, own: bool, bias: bool) -> dict[str, tuple[Mapping[
         for name in values:
             if (kept := without_output_layer(trained.parts, name)) is not None:
                 found[kept] = (values, name)
-    limit = Similarity(1.0, trained.config.similarity.max_scale, None).limit
-    scale = trained.weights["similarity.log_scale"].float().clamp(max=limit)
+    similarity = Similarity(trained.config.similarity.temperature, trained.config.similarity.max_scale, None)
+    scale = (similarity.start + trained.weights["similarity.log_scale"].float()).clamp(max=similarity.limit)
     found["similarity.log_scale"] = ({"scale": scale}, "scale")
     if bias and "similarity.bias" not in found:
         found["similarity.bias"] = ({"bias": torch.zeros(1)}, "bias")

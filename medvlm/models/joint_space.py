@@ -32,14 +32,16 @@ class Similarity(nn.Module):
 
     def __init__(self, temperature: float, max_scale: float, bias: float | None):
         super().__init__()
-        # one dimension, not none: deepspeed.initialize fails on parameters without
-        self.log_scale = nn.Parameter(torch.full((1,), -math.log(temperature)))
+        # relative to where it begins, which bf16 weights then do not round; one dimension, not none, on which
+        # deepspeed.initialize fails
+        self.start = -math.log(temperature)
+        self.log_scale = nn.Parameter(torch.zeros(1))
         self.limit = math.log(max_scale)
         self.bias = None if bias is None else nn.Parameter(torch.full((1,), float(bias)))
 
     def forward(self) -> tuple[Tensor, ...]:
         """Scale [], and bias [] if there is one, in fp32; the scale is at most ``max_scale``."""
-        scale = Ceiling.apply(self.log_scale.float(), self.limit).exp().sum()
+        scale = Ceiling.apply(self.start + self.log_scale.float(), self.limit).exp().sum()
         return (scale,) if self.bias is None else (scale, self.bias.float().sum())
 
 

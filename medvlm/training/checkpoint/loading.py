@@ -165,3 +165,7 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], where: str) -> N
                 continue
             fragments.forget_copy(p)
             p.from_checkpoint = True  # type: ignore[attr-defined]  # see frozen.from_pretrained_folders
+        if stored:  # running statistics of batches
+            pieces = Pieces(stored.path)
+            for name, buffer in fragments.persistent_buffers(model).items():
+                buffer.copy_(pieces.whole("buffer", name).view(buffer.shape))
