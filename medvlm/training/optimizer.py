@@ -109,7 +109,8 @@ def _new(groups: list[dict[str, Any]], config: RunConfig, stage: int, offload: b
         return AdamW8bit(groups, betas=betas)
     if chosen.name == "muon":
         return _muon(groups, config, betas, stage)
-    return torch.optim.AdamW(groups, betas=betas, fused=torch.cuda.is_available())
+    # the meta device, where a step may be rehearsed, has no fused kernel
+    return torch.optim.AdamW(groups, betas=betas, fused=not any(p.is_meta for g in groups for p in g["params"]))
 
 
 def _muon(groups: list[dict[str, Any]], config: RunConfig, betas: tuple, stage: int) -> torch.optim.Optimizer:

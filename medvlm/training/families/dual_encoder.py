@@ -224,7 +224,7 @@ def _gradient(leaf: Tensor) -> Tensor:
 def _outcome(outs: Sequence[dict[str, Tensor]], share: Tensor, masked: Tensor) -> Outcome:
     finite = [all(bool(out[name].isfinite().all()) for name in ROWS) for out in outs]
     components = {"contrastive": share, "masked_language_modeling": masked} if "masked_loss" in outs[0] else {}
-    values: dict[str, float] = {name: float(outs[0][name]) for name in ("scale", "bias") if name in outs[0]}
+    values: dict[str, float] = {name: float(outs[0][name].detach()) for name in ("scale", "bias") if name in outs[0]}
     return Outcome((share + masked).double(), finite, components, values)
 
 
