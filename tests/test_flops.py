@@ -4,16 +4,21 @@ from collections import Counter
 
 import pytest
 import torch
+from dual_toy import BERT, RESNET, SWIN, VIT, dual_config
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from toy import CLIP, LLAMA, make_recipe, make_tokenizer
 
 from medvlm.config.load import load_recipe
 from medvlm.config.model import Llava
+from medvlm.config.objective import MaskedLanguageModeling, Objective
 from medvlm.data.loader import Encoded, collate
 from medvlm.models.build import build_components, build_model
+from medvlm.models.build_dual_encoder import build_components as build_dual_components
+from medvlm.models.build_dual_encoder import build_model as build_dual_model
 from medvlm.models.trainable import apply_trainable
 from medvlm.training import peak
+from medvlm.training.families.dual_encoder import DUAL_ENCODER
 from medvlm.training.families.llava import LLAVA
 from medvlm.training.flops import CostRecorder, attended_pairs, attention_windows
 from medvlm.training.flops import work as work_of
@@ -183,3 +188,27 @@ def test_the_peak_is_a_datasheets_or_measured():
     assert peak.datasheet_peak("NVIDIA T4", torch.bfloat16) is None
     measured = peak.peak_of(torch.device("cpu"), torch.float32)
     assert measured.source == "measured" and 1e9 < measured.flops < 1e14
+
+
+@pytest.mark.parametrize("vision", [VIT, SWIN, RESNET], ids=["vit", "swin", "resnet"])
+@pytest.mark.parametrize("masked", [None, MaskedLanguageModeling(probability=0.3)], ids=["contrast", "masked"])
+def test_a_dual_encoder_costs_what_the_counter_counts(tmp_path, vision, masked):
+    wide = {"hidden_size": 64, "intermediate_size": 128}
+    vision = {**vision, **wide} if vision is VIT else vision
+    config = dual_config(tmp_path, vision, {**BERT, **wide})
+    objective = Objective(masked_language_modeling=masked)
+    parts = build_dual_components(config, objective)
+    model = build_dual_model(config, parts, torch.float32)
+    ids = torch.full((3, 24), 7)
+    made = {"pixel_values": torch.zeros(3, 3, 32, 32, dtype=torch.uint8), "input_ids": ids}
+    if masked:
+        labels = torch.full_like(ids, -100)
+        labels[:, :5] = 7
+        made |= {"masked_ids": ids, "masked_labels": labels}
+    recorder = CostRecorder(model, config.PARTS, DUAL_ENCODER.unit, parts.unused)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        sum(value.sum() for value in model(**made).values()).backward()
+    texts = 6 if masked else 3  # as they are, and masked
+    counts = {"images": 3, "tokens": 24 * texts, "texts": 3, "masked_tokens": 15, "targets": 3}
+    costs = recorder.costs.of(work_of(counts, {None: attended_pairs([24] * texts, None)}))
+    assert sum(cost.model for cost in costs.values()) == pytest.approx(counter.get_total_flops(), rel=0.01)

@@ -26,6 +26,7 @@ class Gauges:
         self.windows = attention_windows(session.parts.text_config)
         family, parts = session.family, session.config.model.PARTS
         self.recorder = CostRecorder(session.engine.module, parts, family.unit, session.parts.unused)
+        self.text_passes = family.text_passes(session.config)
         self.targets, self.repeated = family.targets, family.repeats(session.accumulation)
         self.peak = peak_of(self.device, precision(session.config))
         self.peak_of_all = sum(flops for (flops,) in distributed.gather_numbers([self.peak.flops]))
@@ -55,13 +56,9 @@ class Gauges:
         ranks = distributed.gather_numbers(mine)
         slowest, _, _, memory, *_ = (max(column) for column in zip(*ranks, strict=True))
         _, data, communication, _, *by_phase = (sum(column) / len(ranks) for column in zip(*ranks, strict=True))
-        units = {
-            "images": counts.images,
-            "tokens": counts.tokens,
-            "targets": counts.targets,
-            **counts.more,
-        }
-        costs = self.recorder.costs.of(work(units, counts.pairs), self.repeated)
+        tokens, pairs = counts.tokens * self.text_passes, {w: n * self.text_passes for w, n in counts.pairs.items()}
+        units = {"images": counts.images, "tokens": tokens, "targets": counts.targets, **counts.more}
+        costs = self.recorder.costs.of(work(units, pairs), self.repeated)
         total = sum(costs.values(), Cost())
         warning = self.starvation.warning(step, data, slowest)
         if warning and distributed.rank() == 0:

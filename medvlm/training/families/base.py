@@ -92,6 +92,10 @@ class Family(ABC):
         """Whether a step's forward passes are made twice."""
         return False
 
+    def text_passes(self, config: RunConfig) -> int:
+        """How often a step's tokens go through the model."""
+        return 1
+
     @abstractmethod
     def save_processor(self, parts: Any, folder: Any) -> None:
         """Tokenizer and image processor into a folder."""

@@ -85,6 +85,10 @@ class DualEncoderFamily(Family):
     def repeats(self, accumulation: int) -> bool:
         return accumulation > 1
 
+    def text_passes(self, config: RunConfig) -> int:
+        """As they are, and masked."""
+        return 2 if sections(config)[1].masked_language_modeling else 1
+
     def passes(self, given: Pass, batches: Sequence[PairBatch]) -> Outcome:
         """With one micro-batch, one forward pass. With several, gradient caching (Gao et al., arXiv 2101.06983): their
         embeddings without graphs, the loss of these and its gradient, then each micro-batch again, with its graph."""
