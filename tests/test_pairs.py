@@ -99,6 +99,15 @@ def test_a_sentence_is_drawn_anew_each_epoch_and_is_the_first_without_one(tokeni
     assert [encoder.read(sample, e) for e in range(9)] != [encoder.read(study(1)[0], e) for e in range(9)]
 
 
+def test_either_is_the_report_or_a_sentence_half_of_the_time(tokenizer):
+    encoders = {t: PairEncoder(tokenizer, TRANSFORM, 64, text=t) for t in ("either", "report", "sentence")}
+    drawn = {t: [encoder.read(study(0)[0], epoch) for epoch in range(400)] for t, encoder in encoders.items()}
+    (whole,) = set(drawn["report"])
+    assert 160 < drawn["either"].count(whole) < 240
+    assert set(drawn["either"]) == {whole} | set(drawn["sentence"])
+    assert encoders["either"].read(study(0)[0]) == whole, "nothing is drawn without an epoch"
+
+
 def test_shuffled_sentences_stay_in_their_section(tokenizer):
     encoder = PairEncoder(tokenizer, TRANSFORM, 64, shuffle_sentences=True)
     sample, _ = study(0)
@@ -179,6 +188,8 @@ def test_labels_are_the_samples_own_or_those_of_its_text(tokenizer):
     assert pair.image_labels == pair.text_labels == [1, -1, 0]
     pair = encode(unpaired(text="sentence"), own)
     assert (pair.image_labels, pair.text_labels) == ([1, -1, 0], [1, 0, 0]), "a sentence says what it says"
+    either = [encode(unpaired(text="either"), own, epoch).text_labels for epoch in range(40)]
+    assert [1, -1, 0] in either and [1, 0, 0] in either, "the sample's own are those of its report only"
     pair = encode(unpaired(text="sentence"), study(0))
     assert pair.image_labels == [1, 0, 0] and pair.text_labels == [1, 0, 0], "of the report, and of its first sentence"
     with pytest.raises(UserError, match=r"has none of the labels Cardiomegaly, .* and no labeler"):

@@ -15,6 +15,18 @@ def test_the_sets_that_come_with_it():
     assert len(positive) == len(negative) == 4 and "{}" not in "".join(positive + negative)
 
 
+def test_a_label_may_have_sentences_of_its_own(tmp_path):
+    path = tmp_path / "own.yaml"
+    text = "labels: {A: heart, B: {positive: [big], negative: [x, y]}}"
+    text = f"kind: binary\npositive: ['a {{}}']\nnegative: ['no {{}}']\n{text}"
+    path.write_text(text)
+    own = load_prompts(str(path))
+    assert own.prompts("A") == (["a heart"], ["no heart"]) and own.prompts("B") == (["big"], ["x", "y"])
+    path.write_text("kind: binary\nlabels: {A: heart}")
+    with pytest.raises(UserError, match="need the templates"):
+        load_prompts(str(path))
+
+
 def test_five_classes_of_ten_prompts_drawn_by_a_seed():
     prompts = load_prompts("chexpert_5x200")
     assert sorted(prompts.classes) == ["Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Pleural Effusion"]

@@ -64,8 +64,9 @@ class Pairs(Section):
     sections: list[str] = Field(default=["findings", "impression"], min_length=1)
     """Of the report, joined in this order; those that it lacks are left out. ``answers`` are the conversation's
     assistant turns, where captions are."""
-    text: Literal["report", "sentence"] = "report"
-    """All of these, or one sentence of them, drawn anew each epoch."""
+    text: Literal["report", "sentence", "either"] = "report"
+    """All of these, or one sentence of them, drawn anew each epoch; or either, by equal chance, so that prompts as well
+    as reports are like what was trained on."""
     min_words: int = Field(default=3, gt=0)
     """Of a sentence that is drawn, or of a report."""
     shuffle_sentences: bool = False

@@ -138,7 +138,7 @@ class PairEncoder:
     ):
         self.tokens = TextEncoder(tokenizer, max_length, masking)
         self.transform, self.augment, self.views, self.seed = transform, augment, views, seed
-        self.sections, self.sentence, self.min_words = list(sections), text == "sentence", min_words
+        self.sections, self.text, self.min_words = list(sections), text, min_words
         self.shuffle_sentences = shuffle_sentences
         self.labels, self.labeler, self.prior, self.paired = list(labels), labeler, prior, paired
 
@@ -164,18 +164,24 @@ class PairEncoder:
             if self.tokens.masking is not None:
                 pair.masked_ids, pair.masked_labels = self.tokens.mask(pair.ids, self._rng(sample, epoch, "masks"))
         if self.labels:
-            self._label(pair, sample, text)
+            self._label(pair, sample, text, self.alone(sample, epoch))
         return pair
 
     def read(self, sample: Sample, epoch: int | None = None) -> str | None:
         """The text of a sample, None where it has too few words."""
         return choose_text(
             section_sentences(sample, self.sections),
-            sentence=self.sentence,
+            sentence=self.alone(sample, epoch),
             shuffle=self.shuffle_sentences,
             min_words=self.min_words,
             rng=None if epoch is None else self._rng(sample, epoch, "text"),
         )
+
+    def alone(self, sample: Sample, epoch: int | None = None) -> bool:
+        """Whether the text is a single sentence; of ``either`` it is the report where nothing is drawn."""
+        if self.text == "either" and epoch is not None:
+            return self._rng(sample, epoch, "length").random() < 0.5
+        return self.text == "sentence"
 
     def length(self, sample: Sample) -> int:
         """Tokens of the sample's text before it is cut, 0 where it has none."""
@@ -206,15 +212,15 @@ class PairEncoder:
     def _no_text(self, sample: Sample) -> str:
         if not section_sentences(sample, self.sections):
             return f"empty report: nothing to read in {', '.join(self.sections)}"
-        what = "no sentence of its report has" if self.sentence else "its report has less than"
+        what = "no sentence of its report has" if self.text == "sentence" else "its report has less than"
         return f"{what} {self.min_words} words, see data.pairs.min_words"
 
-    def _label(self, pair: EncodedPair, sample: Sample, text: str | None) -> None:
+    def _label(self, pair: EncodedPair, sample: Sample, text: str | None, alone: bool) -> None:
         known = sample.labels if any(name in sample.labels for name in self.labels) else None
         if pair.image is not None:
             pair.image_labels = self._vector(sample.labels if known else self._labels_of(self._report(sample)))
         if text is not None:
-            pair.text_labels = self._vector(sample.labels if known and not self.sentence else self._labels_of(text))
+            pair.text_labels = self._vector(sample.labels if known and not alone else self._labels_of(text))
 
     def _report(self, sample: Sample) -> str | None:
         return " ".join(s for section in section_sentences(sample, self.sections) for s in section) or None

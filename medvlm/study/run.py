@@ -168,7 +168,8 @@ def evaluate(
         raise UserError(f"evaluations.{key}.data: there is no data.test; give shards")
     require_shards([*shards, *(evaluation.train_data or [])], f"evaluations.{key}")
     given = evaluation.model_dump(exclude={"measures"})
-    inputs = [identity(path) for path in [*shards, *(evaluation.train_data or [])]]
+    files = [value for value in evaluation.options.values() if isinstance(value, str) and Path(value).is_file()]
+    inputs = [identity(path) for path in [*shards, *(evaluation.train_data or []), *files]]  # a file holds prompts
     place = folder / f"{key}-{digest(given, shards, inputs, study.seed, medvlm.__version__)}"
     arguments = ["evaluate", model, "--task", evaluation.task, "--out", str(place / "scores")]
     arguments += [word for path in shards for word in ("--data", path)]

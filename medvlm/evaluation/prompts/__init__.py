@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from medvlm.errors import UserError
 
@@ -19,16 +19,31 @@ class _Strict(BaseModel):
     description: str = ""
 
 
-class BinarySet(_Strict):
-    """Each label against its absence: templates in which {} stands for the label's words."""
-
-    kind: Literal["binary"]
-    labels: Annotated[dict[str, str], Field(min_length=1)]  # label in the data -> its words
+class Sides(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
     positive: Texts
     negative: Texts
 
+
+class BinarySet(_Strict):
+    """Each label against its absence: templates in which {} stands for the label's words, or sentences of its own."""
+
+    kind: Literal["binary"]
+    labels: Annotated[dict[str, str | Sides], Field(min_length=1)]  # label in the data -> its words, or its sentences
+    positive: Texts | None = None
+    negative: Texts | None = None
+
+    @model_validator(mode="after")
+    def _templates(self) -> "BinarySet":
+        if any(isinstance(given, str) for given in self.labels.values()) and not (self.positive and self.negative):
+            raise ValueError("labels given by their words need the templates `positive` and `negative`")
+        return self
+
     def prompts(self, label: str) -> tuple[list[str], list[str]]:
         words = self.labels[label]
+        if isinstance(words, Sides):
+            return words.positive, words.negative
+        assert self.positive and self.negative
         return [t.replace("{}", words) for t in self.positive], [t.replace("{}", words) for t in self.negative]
 
 
