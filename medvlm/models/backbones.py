@@ -6,6 +6,7 @@ from typing import Any
 import torch
 import transformers
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, SiglipTextConfig, SiglipTextModel
+from transformers.utils import is_torchvision_available
 
 from medvlm.config.model import Backbone
 from medvlm.errors import UserError
@@ -84,11 +85,16 @@ def own_image_processor(part: Backbone) -> Any:
     return load(AutoImageProcessor, path, "model.vision_tower")
 
 
+def stock_processor(name: str) -> Any:
+    """A class of transformers: Pillow's where there is no torchvision, which transformers else takes with a warning."""
+    return getattr(transformers, name if is_torchvision_available() else f"{name}Pil")
+
+
 def image_processor_of(part: Backbone, vision: Any) -> Any:
     """The tower's own, or else its family's at the size that its configuration says."""
     if own := own_image_processor(part):
         return own
-    cls = getattr(transformers, IMAGE_PROCESSORS[vision.model_type])
+    cls = stock_processor(IMAGE_PROCESSORS[vision.model_type])
     side = {"height": vision.image_size, "width": vision.image_size}
     if vision.model_type in ("siglip_vision_model", "vit", "swin"):
         return cls(size=side)

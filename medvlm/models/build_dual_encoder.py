@@ -7,13 +7,7 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import (
-    AutoModelForMaskedLM,
-    AutoTokenizer,
-    CLIPImageProcessor,
-    ConvNextImageProcessor,
-    ViTImageProcessor,
-)
+from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 from medvlm.config.model import DualEncoder, ImageEncoder
 from medvlm.config.objective import Objective
@@ -26,6 +20,7 @@ from medvlm.models.backbones import (
     load_whole,
     own_image_processor,
     square_size,
+    stock_processor,
     zero3_switch,
 )
 from medvlm.models.dual_encoder import DualEncoderModel
@@ -210,23 +205,27 @@ def _image_processor(part: ImageEncoder, vision: Any) -> Any:
     if vision.model_type != CONVOLUTIONAL:
         processor = image_processor_of(part, vision)
     else:
-        processor = own_image_processor(part) or ConvNextImageProcessor(size={"shortest_edge": IMAGE_SIZE})
-    if isinstance(processor, ConvNextImageProcessor):
+        processor = own_image_processor(part) or stock_processor("ConvNextImageProcessor")(
+            size={"shortest_edge": IMAGE_SIZE}
+        )
+    if type(processor).__name__.startswith("ConvNextImageProcessor"):
         processor = _as_crop(processor)
     if part.image_size in (None, square_size(processor)):
         return processor
     if vision.model_type != CONVOLUTIONAL:
         raise UserError("model.vision_tower.image_size: only a convolutional tower takes images of another size")
     common = {"image_mean": processor.image_mean, "image_std": processor.image_std, "resample": processor.resample}
-    return CLIPImageProcessor(size={"shortest_edge": part.image_size}, crop_size=part.image_size, **common)
+    cropping = {"size": {"shortest_edge": part.image_size}, "crop_size": part.image_size}
+    return stock_processor("CLIPImageProcessor")(**cropping, **common)
 
 
 def _as_crop(processor: Any) -> Any:
     size = processor.size["shortest_edge"]
     common = {"image_mean": processor.image_mean, "image_std": processor.image_std, "resample": processor.resample}
     if size >= WHOLE_IMAGE_BELOW:
-        return ViTImageProcessor(size={"height": size, "width": size}, **common)
-    return CLIPImageProcessor(size={"shortest_edge": int(size / processor.crop_pct)}, crop_size=size, **common)
+        return stock_processor("ViTImageProcessor")(size={"height": size, "width": size}, **common)
+    cropping = {"size": {"shortest_edge": int(size / processor.crop_pct)}, "crop_size": size}
+    return stock_processor("CLIPImageProcessor")(**cropping, **common)
 
 
 def _check_size(parts: DualComponents) -> None:
