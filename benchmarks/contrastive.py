@@ -86,7 +86,7 @@ class Plain:
             self.optimizer.zero_grad()
 
 
-def ours(config: RunConfig, batches: list[PairBatch], plain: bool) -> tuple[DualEncoderModel, Step]:
+def ours(config: RunConfig, batches: list[PairBatch], plain: bool, update: bool = True) -> Step:
     family = family_of(config.model)
     parts = family.components(config)
     model = family.build(config, parts, precision(config), None).train().to(DEVICE)
@@ -103,10 +103,11 @@ def ours(config: RunConfig, batches: list[PairBatch], plain: bool) -> tuple[Dual
 
     def step() -> float:
         outcome = family.passes(given, batches)
-        engine.step()
+        if update:
+            engine.step()
         return float(outcome.share)
 
-    return model, step
+    return step
 
 
 def theirs(shape: Shape, source: DualEncoderModel, batches: list[PairBatch], kind: str) -> Step:
@@ -161,9 +162,9 @@ def makers(options: argparse.Namespace, folder: Path) -> dict[str, Callable[[], 
         source = family.build(config, family.components(config), torch.float32, None)
         return theirs(shape, source, batches, options.precision)
 
-    table = {"open_clip": open_clip, "ours, ZeRO-1": lambda: ours(config, batches, False)[1]}
+    table = {"open_clip": open_clip, "ours, ZeRO-1": lambda: ours(config, batches, False)}
     if options.precision == "fp32":
-        table["ours, plain engine"] = lambda: ours(config, batches, True)[1]
+        table["ours, plain engine"] = lambda: ours(config, batches, True)
     return table
 
 
@@ -226,21 +227,21 @@ def peak(options: argparse.Namespace) -> None:
         if options.only == "gradients":
             shape, micro = SHAPES[options.shape], options.micro[0]
             config = recipe(Path(temporary), shape, options.batch, micro, options.precision)
-            step: Step = ours(config, batches_of(shape, options.batch, micro), True)[1]
+            step: Step = ours(config, batches_of(shape, options.batch, micro), True, update=False)
             times = 1
         else:
             make, times = makers(options, Path(temporary))[options.only], 2
             before = resident()
             step = make()
         if options.only == "gradients":
-            before = resident()  # with model and batch: what is left is gradients, optimizer and activations
+            before = resident()  # with model and batch: what is left is gradients and activations
         for _ in range(times):
             step()
     print(json.dumps(torch.cuda.max_memory_allocated() / 2**20 if DEVICE.type == "cuda" else resident() - before))
 
 
 def caching(options: argparse.Namespace) -> None:
-    """Peak memory by micro-batch at a fixed global batch; the last line, one micro-batch, is without caching."""
+    """Peak memory of forward and backward passes by micro-batch; the last line, of one micro-batch, is uncached."""
     print(f"{about()}\n{vars(options)}\n\n| pairs a micro-batch | peak MiB above model and images |\n|---|---|")
     for micro in [*options.micro, options.batch]:
         found = argparse.Namespace(**{**vars(options), "micro": [micro]})

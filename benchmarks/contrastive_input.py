@@ -39,7 +39,7 @@ def theirs(shards: Path, side: int) -> Iterator[torch.Tensor]:
     transform, tokenizer = open_clip.image_transform(side, is_train=False), open_clip.get_tokenizer("ViT-B-32")
 
     def tokens(sample: dict[str, Any]) -> torch.Tensor:
-        return tokenizer(sample["messages"][1]["content"])[0]
+        return tokenizer(" ".join(part["text"] for part in sample["messages"][1]["content"]))[0]
 
     pipeline = webdataset.DataPipeline(
         webdataset.ResampledShards(sorted(map(str, shards.glob("*.tar"))), deterministic=True),
