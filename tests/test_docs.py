@@ -24,6 +24,7 @@ from medvlm.config.model import DualEncoder, Llava
 from medvlm.config.schema import RunConfig
 from medvlm.config.tiny import tiny_values
 from medvlm.errors import UserError
+from medvlm.study.schema import Study
 
 PAGES = [
     REPO / "README.md",
@@ -173,7 +174,7 @@ def test_documented_commands_that_print_run():
         done = CliRunner().invoke(cli.app, arguments)
         assert done.exit_code == 0, f"{shlex.join(words)}: {done.output} {done.exception}"
         if "--print-config" in words:
-            RunConfig.model_validate(yaml.safe_load(done.output))
+            (Study if words[1] == "study" else RunConfig).model_validate(yaml.safe_load(done.output))
 
 
 def test_blocks_marked_run_do_run(tmp_path, monkeypatch):
