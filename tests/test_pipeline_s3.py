@@ -14,7 +14,7 @@ from medvlm.errors import UserError
 
 boto3 = pytest.importorskip("boto3")
 server = pytest.importorskip("moto.server")
-pytest.importorskip("s3fs")
+s3fs = pytest.importorskip("s3fs")
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +37,7 @@ def bucket(endpoint, tmp_path, monkeypatch):
     values = {"AWS_ENDPOINT_URL": endpoint, "AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test"}
     for name, value in {**values, "AWS_DEFAULT_REGION": "us-east-1", "HOME": str(tmp_path / "home")}.items():
         monkeypatch.setenv(name, value)
+    s3fs.S3FileSystem.clear_instance_cache()  # one that knows another module's server
     client = boto3.client("s3")
     name = "shards-" + sha256(str(tmp_path).encode()).hexdigest()[:12]
     client.create_bucket(Bucket=name)

@@ -43,7 +43,7 @@ def test_signals_at_every_point_of_a_run_change_nothing(world):
     launch(make_recipe(world, "calm", **options))
     recipe = make_recipe(world, "signalled", **options)
 
-    output = signalled(recipe, "medvlm.training.setup:build_model 1 1 SIGTERM")
+    output = signalled(recipe, "medvlm.training.families.llava:build_model 1 1 SIGTERM")
     assert "before the first step" in output.stderr
     assert state(world, "signalled") == ([], [])
 
@@ -52,7 +52,7 @@ def test_signals_at_every_point_of_a_run_change_nothing(world):
     signalled(recipe, "medvlm.training.checkpoint.saving:Saver._trained 1 0 twice")
     assert state(world, "signalled")[0] == [1, 2], "the step whose checkpoint was being written is the last"
 
-    signalled(recipe, "medvlm.training.validation:sum_and_agree 2 1 SIGUSR1")
+    signalled(recipe, "medvlm.training.families.llava:sum_and_agree 2 1 SIGUSR1")
     found, rows = state(world, "signalled")
     assert found == [1, 2, 3] and not any("eval_loss" in row for row in rows)
 
