@@ -184,3 +184,10 @@ def test_what_cannot_compute_the_model_is_refused(name, values, reason):
     config = AutoConfig.for_model(values.pop("model_type"), **values)
     with pytest.raises(UserError, match=f"model.attention: {name}: .*{reason}"):
         choose_attention(name, Machine(), config)
+
+
+def test_the_vision_tower_attends_by_the_kernel_that_transformers_chooses(tmp_path):
+    make_tokenizer(tmp_path / "tokenizer")
+    config = load_recipe(str(make_recipe(tmp_path)))
+    model = build_model(config.model, build_components(config.model), torch.float32)
+    assert model.vision_tower.config._attn_implementation == "sdpa"

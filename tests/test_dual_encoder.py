@@ -355,3 +355,9 @@ def test_a_convolutional_tower_has_no_layers_to_recompute(tmp_path):
     config, parts, model = built(tmp_path, RESNET, vision_tower__gradient_checkpointing=True)
     with pytest.raises(UserError, match=r"vision_tower.gradient_checkpointing: ResNetModel has no layers"):
         apply_trainable(model, config, parts.unused)
+
+
+@pytest.mark.parametrize("vision", ["vit", "clip", "siglip", "dinov2"])
+def test_towers_attend_by_the_kernel_that_transformers_chooses(tmp_path, vision):
+    _, _, model = built(tmp_path, VISION[vision], BERT)
+    assert model.vision_tower.config._attn_implementation == model.text_tower.config._attn_implementation == "sdpa"

@@ -1,6 +1,7 @@
 """Builds the model and its processor from a recipe: pretrained or from scratch, whole or sharded under ZeRO-3."""
 
 from contextlib import nullcontext
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -198,7 +199,7 @@ def _probe_vision(vision: Any, size: int, config: Llava) -> tuple[int, int, set[
     cannot learn are frozen, so that "trainable" means what it says.
     """
     with torch.device("meta"):
-        tower = AutoModel.from_config(vision, attn_implementation="eager")
+        tower = AutoModel.from_config(deepcopy(vision), attn_implementation="eager")  # which it would remember
         pixels = torch.zeros(1, 3, size, size)
     try:
         features = select_features(

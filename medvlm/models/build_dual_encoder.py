@@ -1,6 +1,7 @@
 """Builds a dual encoder and what prepares its inputs, from a recipe."""
 
 import inspect
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -249,8 +250,10 @@ def _probe(config: DualEncoder, parts: DualComponents) -> None:
     auto = AutoModelForMaskedLM if masked else transformers.AutoModel
     try:
         with torch.device("meta"):
-            vision = transformers.AutoModel.from_config(parts.vision_config, **vision_options)
-            text = auto.from_config(parts.text_config, **text_options)
+            vision = transformers.AutoModel.from_config(
+                deepcopy(parts.vision_config), **vision_options
+            )  # which it would remember
+            text = auto.from_config(deepcopy(parts.text_config), **text_options)
             model = _assemble(config, parts, vision, text, torch.float32).eval()
             pixels = torch.zeros(1, 1, parts.image_size, parts.image_size, dtype=torch.uint8)
             ids = torch.zeros(1, 8, dtype=torch.long)
