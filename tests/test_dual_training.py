@@ -136,7 +136,7 @@ def test_what_is_random_or_of_a_batch_is_the_same_in_both_passes(folder, vision)
     assert [enabled for enabled, *_ in seen] == [False] * 3 + [True] * 3
     for (_, *first), (_, *second) in zip(seen[:3], seen[3:], strict=True):
         for a, b in zip(first, second, strict=True):
-            torch.testing.assert_close(a, b, rtol=0, atol=0)
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)  # SDPA has another kernel without gradients
     assert not torch.equal(seen[0][1], seen[1][1])
 
 
