@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from toy import CLIP, SIGLIP
+from toy import CLIP, SIGLIP, override
 from transformers import PreTrainedTokenizerFast
 
 from medvlm.config.model import DualEncoder
@@ -105,15 +105,7 @@ def dual_values(folder: Path, vision: dict = VIT, text: dict = BERT, **overrides
     }
     if vision["model_type"] == "resnet":
         values["vision_tower"]["image_size"] = 32
-    for key, value in overrides.items():
-        *sections, last = key.split("__")
-        target = values
-        for section in sections:
-            target = target[section]
-        if value is None:
-            target.pop(last, None)
-        else:
-            target[last] = value
+    override(values, overrides)
     return values
 
 

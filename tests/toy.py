@@ -111,6 +111,19 @@ def make_shards(folder: Path, count: int = 24, images: Any = lambda i: (1, 0, 2,
     return folder
 
 
+def override(values: dict[str, Any], changes: dict[str, Any]) -> None:
+    """In place; keys are dotted, with ``__`` for the dots, and None removes."""
+    for key, value in changes.items():
+        *sections, last = key.split("__")
+        target = values
+        for section in sections:
+            target = target[section]
+        if value is None:
+            target.pop(last, None)
+        else:
+            target[last] = value
+
+
 def make_recipe(folder: Path, name: str = "run", **overrides: Any) -> Path:
     """A recipe on toy data under ``folder``; overrides are dotted keys with ``__`` for the dots."""
     values: dict[str, Any] = {
@@ -130,15 +143,7 @@ def make_recipe(folder: Path, name: str = "run", **overrides: Any) -> Path:
             "weight_decay": 0.05,
         },
     }
-    for key, value in overrides.items():
-        *sections, last = key.split("__")
-        target = values
-        for section in sections:
-            target = target[section]
-        if value is None:
-            target.pop(last, None)
-        else:
-            target[last] = value
+    override(values, overrides)
     path = folder / f"{name}.yaml"
     path.write_text(yaml.safe_dump(values))
     return path

@@ -16,7 +16,7 @@ from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, Pretraine
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from medvlm.errors import UserError
-from medvlm.inference.generate import check_folder
+from medvlm.inference.generate import check_folder, refuse_absent
 
 NO_LENGTH = 1 << 20  # a tokenizer that knows no length says 1e30
 FAILURES = (OSError, ValueError, KeyError, ImportError, AttributeError)
@@ -71,9 +71,7 @@ class Embedder:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise UserError(f"{self.name}: does not load as a dual encoder ({reason})") from error
         model, info = loaded
-        absent = sorted(info["missing_keys"]) + sorted(str(m) for m in info["mismatched_keys"])
-        if absent:  # transformers would go on with random values
-            raise UserError(f"{self.name}: {len(absent)} weight(s) are missing or misshapen, first {absent[0]}")
+        refuse_absent(self.name, info)
         if self.tokenizer.pad_token is None:
             raise UserError(f"{self.name}: its tokenizer has no padding token; set pad_token in tokenizer_config.json")
         return model

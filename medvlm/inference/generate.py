@@ -42,9 +42,7 @@ class Generator:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise UserError(f"{self.name}: does not load as an image-text-to-text model ({reason})") from error
         model, info = loaded
-        absent = sorted(info["missing_keys"]) + sorted(str(m) for m in info["mismatched_keys"])
-        if absent:  # transformers would go on with random values
-            raise UserError(f"{self.name}: {len(absent)} weight(s) are missing or misshapen, first {absent[0]}")
+        refuse_absent(self.name, info)
         if not hasattr(self.processor, "tokenizer") or not hasattr(self.processor, "image_processor"):
             raise UserError(
                 f"{self.name}: its processor is not one for images and text ({type(self.processor).__name__})"
@@ -127,6 +125,13 @@ def _batches(prompts: list[str], n_images: list[int], batch_size: int) -> Iterat
             end += 1
         yield order[start:end]
         start = end
+
+
+def refuse_absent(name: str, info: dict[str, Any]) -> None:
+    """Raise UserError where a loaded model lacks weights: transformers would go on with random values."""
+    absent = sorted(info["missing_keys"]) + sorted(str(m) for m in info["mismatched_keys"])
+    if absent:
+        raise UserError(f"{name}: {len(absent)} weight(s) are missing or misshapen, first {absent[0]}")
 
 
 def check_folder(name: str) -> None:
