@@ -11,23 +11,8 @@ from typing import Any
 import numpy as np
 
 from data_prep.phantom_anatomy import Finding
+from medvlm.data.labeler import LABELS
 
-LABELS = [
-    "No Finding",
-    "Enlarged Cardiomediastinum",
-    "Cardiomegaly",
-    "Lung Opacity",
-    "Lung Lesion",
-    "Edema",
-    "Consolidation",
-    "Pneumonia",
-    "Atelectasis",
-    "Pneumothorax",
-    "Pleural Effusion",
-    "Pleural Other",
-    "Fracture",
-    "Support Devices",
-]
 DEVICES = ("pacemaker", "endotracheal tube", "central line", "chest tube")
 LABEL_OF = {
     "cardiomegaly": "Cardiomegaly",

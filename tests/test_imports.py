@@ -52,6 +52,7 @@ ALLOWED = {
     "data_prep": {
         *("medvlm.errors", "medvlm.data.schema", "medvlm.data.shards", "medvlm.data.dicom", "medvlm.data.nifti"),
         *("medvlm.data.series", "medvlm.data.volumes", "medvlm.data.pixels", "medvlm.data.phi"),
+        "medvlm.data.labeler",
     },
     "ds_configs": set(),
 }

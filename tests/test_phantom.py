@@ -118,7 +118,7 @@ def test_both_pleural_findings_of_one_side_stay_visible():
 def test_labels_report_and_findings_agree(studies):
     for sample, _ in studies:
         names = names_of(sample)
-        assert list(sample.labels) == LABELS
+        assert tuple(sample.labels) == LABELS
         for label in set(LABEL_OF.values()):
             drawn = any(LABEL_OF[n] == label for n in names)
             assert (sample.labels[label] in (1, -1)) == drawn, (sample.key, label)
