@@ -76,7 +76,7 @@ def open_clip_model(shape: Shape, source: DualEncoderModel) -> torch.nn.Module:
     vision: dict[str, Any] = {"layers": shape.layers, "width": shape.width, "head_width": shape.width // shape.heads}
     vision |= {"patch_size": shape.patch, "image_size": shape.image}
     weights = {key: value.detach() for key, value in source.state_dict().items()}
-    found = {"logit_scale": weights["similarity.log_scale"].reshape(())}
+    found = {"logit_scale": source.similarity()[0].detach().log()}
     found |= _tower(weights, "vision_tower.", "visual.", shape.layers)
     found["visual.proj"] = weights["vision_head.linear_1.weight"].T
     if not shape.bert:
