@@ -119,6 +119,30 @@ def test_shuffled_sentences_stay_in_their_section(tokenizer):
     assert encoder.read(sample) == f"{FINDINGS} {IMPRESSION}"
 
 
+def test_altered_texts_have_words_swapped_or_left_out_and_keep_their_labels(tokenizer):
+    made = study(0)
+    labels = {
+        "labels": ["Cardiomegaly"],
+        "labeler": lambda text: {"Cardiomegaly": int("The heart is enlarged" in text)},
+    }
+    encoder = PairEncoder(tokenizer, TRANSFORM, 64, alter_words=0.5, **labels)
+    text = encoder.read(made[0])
+    drawn = [encoder.altered(text, made[0], epoch) for epoch in range(400)]
+    changed = [t.split() for t in drawn if t != text]
+    assert 150 < len(changed) < 250, "half of them"
+    swapped = [t for t in changed if len(t) == len(text.split())]
+    assert 60 < len(swapped) < 140 and all(sorted(t) == sorted(text.split()) for t in swapped), "half of these"
+    assert all(sum(a != b for a, b in zip(t, text.split(), strict=True)) == 2 for t in swapped)
+    left = [len(t) / len(text.split()) for t in changed if len(t) < len(text.split())]
+    assert 0.76 < sum(left) / len(left) < 0.84
+    words = iter(text.split())
+    short = min(changed, key=len)
+    assert all(word in words for word in short), "what is left keeps its order"
+    assert encoder.altered(text, made[0], None) == text and drawn[7] == encoder.altered(text, made[0], 7)
+    pairs = [encode(encoder, made, epoch) for epoch in range(40)]
+    assert len({tuple(pair.ids) for pair in pairs}) > 10 and {pair.text_labels[0] for pair in pairs} == {1.0}
+
+
 def test_long_texts_are_cut_before_their_last_special_token(tokenizer):
     encoder = PairEncoder(tokenizer, TRANSFORM, 12)
     pair, whole = encode(encoder, study(0)), tokenizer(f"{FINDINGS} {IMPRESSION}")["input_ids"]

@@ -71,6 +71,8 @@ class Pairs(Section):
     """Of a sentence that is drawn, or of a report."""
     shuffle_sentences: bool = False
     """Within a section, anew each epoch."""
+    alter_words: float = Field(default=0, ge=0, le=1)
+    """Probability that a text is altered by EDA (arXiv 1901.11196), anew each epoch; its labels stay."""
     views: list[str] | None = None
     """Images of these views only, such as [PA, AP]."""
     labels: list[str] = []

@@ -11,7 +11,7 @@ from medvlm.data.augment import Augment
 from medvlm.data.conversation import IGNORE
 from medvlm.data.images import ImageTransform
 from medvlm.data.loader import pinned, stack
-from medvlm.data.pair_text import TextEncoder, choose_text, section_sentences
+from medvlm.data.pair_text import TextEncoder, alter_words, choose_text, section_sentences
 from medvlm.data.schema import Sample
 from medvlm.errors import UserError
 
@@ -107,14 +107,16 @@ class PairBatch:
 class PairEncoder:
     """Sample and image bytes -> EncodedPair. Raises UserError with the reason where a sample cannot be trained on.
 
-    Given an epoch, the image (of ``views`` if given), the sentence or the order of sentences, the tokens to predict
-    (with probability ``masking``) and the augmentation are drawn, each as a pure function of (sample key, epoch, seed).
-    Without one, it is the first image, the report as it stands or its first sentence, and fixed tokens.
+    Given an epoch, the image (of ``views`` if given), the sentence or the order of sentences, the words altered, the
+    tokens to predict (with probability ``masking``) and the augmentation are drawn, each as a pure function of (sample
+    key, epoch, seed). Without one, it is the first image, the report as it stands or its first sentence, and fixed
+    tokens.
 
-    ``sections``, ``text``, ``min_words``, ``shuffle_sentences`` and ``views`` mean what they mean in the recipe's
-    ``data.pairs``. ``labels`` are the names of the labels wanted; where a sample has none of them, and for every single
-    sentence, they are those that ``labeler`` finds in the text. ``prior`` asks for the image whose metadata say
-    ``role: prior``, which is never the main one. Where samples are not ``paired``, one may lack its image or its text.
+    ``sections``, ``text``, ``min_words``, ``shuffle_sentences``, ``alter_words`` and ``views`` mean what they mean in
+    the recipe's ``data.pairs``. ``labels`` are the names of the labels wanted; where a sample has none of them, and for
+    every single sentence, they are those that ``labeler`` finds in the text. ``prior`` asks for the image whose
+    metadata say ``role: prior``, which is never the main one. Where samples are not ``paired``, one may lack its image
+    or its text.
     """
 
     def __init__(
@@ -127,6 +129,7 @@ class PairEncoder:
         text: str = "report",
         min_words: int = 3,
         shuffle_sentences: bool = False,
+        alter_words: float = 0.0,
         views: Sequence[str] | None = None,
         augment: Augment | None = None,
         masking: float | None = None,
@@ -139,7 +142,7 @@ class PairEncoder:
         self.tokens = TextEncoder(tokenizer, max_length, masking)
         self.transform, self.augment, self.views, self.seed = transform, augment, views, seed
         self.sections, self.text, self.min_words = list(sections), text, min_words
-        self.shuffle_sentences = shuffle_sentences
+        self.shuffle_sentences, self.alter_words = shuffle_sentences, alter_words
         self.labels, self.labeler, self.prior, self.paired = list(labels), labeler, prior, paired
 
     def __call__(self, sample: Sample, images: Sequence[bytes], epoch: int | None = None) -> EncodedPair:
@@ -160,7 +163,7 @@ class PairEncoder:
                 pair.prior = self._pixels(sample, images, before[0], epoch)
                 pair.seen.append((before[0], pair.prior))
         if text is not None:
-            pair.ids, pair.truncated = self.tokens(text)
+            pair.ids, pair.truncated = self.tokens(self.altered(text, sample, epoch))
             if self.tokens.masking is not None:
                 pair.masked_ids, pair.masked_labels = self.tokens.mask(pair.ids, self._rng(sample, epoch, "masks"))
         if self.labels:
@@ -176,6 +179,13 @@ class PairEncoder:
             min_words=self.min_words,
             rng=None if epoch is None else self._rng(sample, epoch, "text"),
         )
+
+    def altered(self, text: str, sample: Sample, epoch: int | None) -> str:
+        """The text with words swapped or left out, if it is drawn for that."""
+        if epoch is None or not self.alter_words:
+            return text
+        rng = self._rng(sample, epoch, "words")
+        return alter_words(text, rng) if rng.random() < self.alter_words else text
 
     def alone(self, sample: Sample, epoch: int | None = None) -> bool:
         """Whether the text is a single sentence; of ``either`` it is the report where nothing is drawn."""

@@ -62,6 +62,7 @@ class DualEncoderFamily(Family):
             text=data.pairs.text,
             min_words=data.pairs.min_words,
             shuffle_sentences=training and data.pairs.shuffle_sentences,
+            alter_words=data.pairs.alter_words if training else 0.0,
             views=data.pairs.views,
             augment=augment if training and augment.active else None,
             masking=masking.probability if masking and training else None,
