@@ -72,16 +72,20 @@ class Collator:
 
 
 class Clock(TrainerCallback):
+    """From the end of a step to the end of the next: the Trainer loads a step's batches before ``on_step_begin``."""
+
     def __init__(self):
         self.seconds = []
 
-    def on_step_begin(self, *_, **__):
-        self.started = time.perf_counter()
+    def on_train_begin(self, *_, **__):
+        self.last = time.perf_counter()
 
     def on_step_end(self, *_, **__):
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        self.seconds.append(time.perf_counter() - self.started)
+        now = time.perf_counter()
+        self.seconds.append(now - self.last)
+        self.last = now
 
 
 class InOrder(Trainer):
@@ -128,7 +132,9 @@ def main() -> None:
     micro, accumulation = config.training.micro_batch_size, ds_config["gradient_accumulation_steps"]
     batch = config.training.global_batch_size
     if options.order == "plan":
-        order = planned(feed.make_plan(config, data, lengths), options.steps, world, micro, accumulation)
+        # as `medvlm train` makes it: with lengths it would balance these batches for the Trainer and not for us
+        plan = feed.make_plan(config, data, lengths if feed.needs_lengths(config.data) else None)
+        order = planned(plan, options.steps, world, micro, accumulation)
     else:
         order = grouped(lengths, options.steps, batch)
     dtype, checkpointing = precision(config), config.model.language_model.gradient_checkpointing

@@ -1,11 +1,14 @@
 """Small dual encoders for tests: a tokenizer with special tokens, towers of each kind, and their recipes' sections."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from toy import CLIP, SIGLIP, override
 from transformers import PreTrainedTokenizerFast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from medvlm.config.model import DualEncoder
 
@@ -111,3 +114,22 @@ def dual_values(folder: Path, vision: dict = VIT, text: dict = BERT, **overrides
 
 def dual_config(folder: Path, vision: dict = VIT, text: dict = BERT, **overrides: Any) -> DualEncoder:
     return DualEncoder.model_validate(dual_values(folder, vision, text, **overrides))
+
+
+@contextmanager
+def attending_to_one(tower: Any, token: int) -> Iterator[None]:
+    """Every token attends to this one alone in the last layer of a vision transformer."""
+    usual, name = ALL_ATTENTION_FUNCTIONS["sdpa"], tower.config._attn_implementation
+    *_, last = (m for path, m in tower.named_modules() if path.endswith((".attention", ".self_attn")))
+
+    def attention(module: Any, query: Any, key: Any, value: Any, mask: Any, **options: Any) -> Any:
+        if module is not last:
+            return usual(module, query, key, value, mask, **options)
+        return value[:, :, [token]].transpose(1, 2).expand(-1, query.shape[2], -1, -1), None
+
+    ALL_ATTENTION_FUNCTIONS.register("to_one_token", attention)
+    tower.config._attn_implementation = "to_one_token"
+    try:
+        yield
+    finally:
+        tower.config._attn_implementation = name

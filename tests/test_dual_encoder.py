@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from dual_toy import BERT, CLIP_TEXT, RESNET, SIGLIP_TEXT, VISION, VIT, dual_config
+from dual_toy import BERT, CLIP_TEXT, RESNET, SIGLIP_TEXT, VISION, VIT, attending_to_one, dual_config
 from torch import nn
 from torch.nn.functional import cross_entropy, gelu, layer_norm, normalize
 from toy import CLIP, SIGLIP
@@ -146,8 +146,22 @@ def test_image_poolings_by_hand(tmp_path):
         assert patches.shape[1] == 4
         pooled = {"cls": hidden[:, 0], "mean": patches.mean(1), "max": patches.max(1).values}[pooling]
         torch.testing.assert_close(model.image_features(images()), pooled @ model.vision_head.linear_1.weight.T)
-        grid = model.patch_features(images())
-        torch.testing.assert_close(grid.flatten(1, 2), patches @ model.vision_head.linear_1.weight.T)
+        if pooling != "cls":
+            grid = model.patch_features(images())
+            torch.testing.assert_close(grid.flatten(1, 2), patches @ model.vision_head.linear_1.weight.T)
+
+
+@pytest.mark.parametrize(
+    ("vision", "pooling"), [("vit", "cls"), ("vit", "pooler"), ("clip", "pooler"), ("dinov2", "cls")]
+)
+def test_a_patch_of_a_class_token_is_what_it_would_be_had_it_attended_to_that_patch_alone(tmp_path, vision, pooling):
+    _, _, model = built(tmp_path, VISION[vision], vision_tower__pooling=pooling)
+    grid = model.patch_features(images()).flatten(1, 2)
+    assert grid.shape[1] == 4
+    for patch in range(4):
+        with attending_to_one(model.vision_tower, 1 + patch):
+            torch.testing.assert_close(grid[:, patch], model.image_features(images()), atol=1e-5, rtol=1e-5)
+    assert (grid - model.image_features(images())[:, None]).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("vision", VISION)

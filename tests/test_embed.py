@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from dual import KINDS, TOWERS, make_dual
+from dual_toy import attending_to_one
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
@@ -53,9 +54,8 @@ def test_embeddings_are_those_of_transformers_whatever_the_batch(folders, pictur
 
 
 @pytest.mark.parametrize("kind", ["clip", "siglip", *(f"{tower}-bert" for tower in TOWERS)])
-def test_patches_go_where_the_class_token_goes(tmp_path, pictures, kind, monkeypatch):
-    """A tower whose tokens are all its class token (or, of Swin, which pools, its mean) has the image's embedding in
-    every patch."""
+def test_a_patch_has_the_embedding_of_the_image_had_it_been_all_there_is_to_pool(tmp_path, pictures, kind):
+    """By a class token that attends to it alone, by SigLIP's head, or, of Swin, by the mean."""
     embedder = Embedder(make_dual(tmp_path / kind, kind))
     image, patches = (f(pictures, normalized=False) for f in (embedder.images, embedder.patches))
     wide = 32 if kind == "siglip" else 16
@@ -71,16 +71,9 @@ def test_patches_go_where_the_class_token_goes(tmp_path, pictures, kind, monkeyp
             hidden = tower(pixel_values=embedder.pixels(pictures)["pixel_values"]).last_hidden_state
             torch.testing.assert_close(patches[:, 1, 2], pool(hidden[:, 6:7]), atol=1e-5, rtol=1e-4)
         return
-    seen = tower.forward
-
-    def same_tokens(*arguments, **options):
-        out = seen(*arguments, **options)
-        out.last_hidden_state = out.last_hidden_state[:, :1].expand_as(out.last_hidden_state)
-        return out
-
-    monkeypatch.setattr(tower, "forward", same_tokens)
-    expected = image[:, None, None].expand(5, 4, 4, wide)
-    torch.testing.assert_close(embedder.patches(pictures, normalized=False), expected, atol=1e-5, rtol=1e-4)
+    for place, patch in enumerate(patches.flatten(1, 2).unbind(1)):
+        with attending_to_one(tower, 1 + place):
+            torch.testing.assert_close(patch, embedder.images(pictures, normalized=False), atol=1e-5, rtol=1e-4)
 
 
 def test_a_tower_without_a_known_grid_is_refused(folders, pictures):

@@ -3,6 +3,7 @@
 import inspect
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from medvlm.errors import UserError
 from medvlm.inference.generate import check_folder, refuse_absent
+from medvlm.models.poolings import LAST_NORM, class_token_by_patch
 
 NO_LENGTH = 1 << 20  # a tokenizer that knows no length says 1e30
 FAILURES = (OSError, ValueError, KeyError, ImportError, AttributeError)
@@ -145,19 +147,19 @@ class Embedder:
                 "by a method get_image_patch_features"
             )
         tower = self.model.vision_model
-        tokens = tower(pixel_values=values, return_dict=True).last_hidden_state
+        inner = getattr(tower, "vision_model", tower)
         config = tower.config
         # of a hierarchical tower (Swin) each stage but the last halves the grid
         side = (
             config.patch_size * 2 ** (len(getattr(config, "depths", [0])) - 1) if hasattr(config, "patch_size") else 0
         )
         height, width = (n // side for n in values.shape[-2:]) if side else (0, 0)
+        run = partial(tower, pixel_values=values, return_dict=True)
+        by_class_token = config.model_type in LAST_NORM
+        tokens = class_token_by_patch(inner, run) if by_class_token else run().last_hidden_state
         if not 0 < height * width <= tokens.shape[1]:
             raise UserError(f"{self.name}: the {config.model_type} tower has no grid of patches that is known here")
         tokens = tokens[:, tokens.shape[1] - height * width :]  # class and register tokens come first
-        inner = getattr(tower, "vision_model", tower)
-        if config.model_type.startswith("clip"):  # other towers give tokens that are normalised already
-            tokens = inner.post_layernorm(tokens)
         # a ViT's, which takes the first token of a sequence, or SigLIP's, which attends to all
         pool: Any = inner.head if kind == "SiglipModel" else getattr(inner, "pooler", None)
         if kind == "SiglipModel" or hasattr(pool, "dense"):

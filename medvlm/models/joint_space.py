@@ -73,10 +73,10 @@ class JointSpace:
 
     def embed_patches(self, pixels: Tensor, priors: Tensor | None = None, has_prior: Tensor | None = None) -> Tensor:
         """[I, h, w, D], what the image's embedding would be if a patch were all that there is to pool."""
-        output = self.run_tower(pixels, priors)
         if self.convolutional:
-            return self.joint_grid(output, len(pixels), has_prior).permute(0, 2, 3, 1)
-        return self.vision_head(pool_patches(self.vision_tower, output, self.image_pooling))
+            return self.joint_grid(self.run_tower(pixels, priors), len(pixels), has_prior).permute(0, 2, 3, 1)
+        patches = pool_patches(self.vision_tower, lambda: self.run_tower(pixels, priors), self.image_pooling)
+        return self.vision_head(patches)
 
     def run_tower(self, pixels: Tensor, priors: Tensor | None) -> Any:
         """One call for images and, after them, prior images: the same on all ranks, however many of these there are.

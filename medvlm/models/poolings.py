@@ -3,13 +3,16 @@
 Imports only PyTorch: exported folders carry this file.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 # Tokens before the patches in the image towers that are known here.
 CLASS_TOKENS = {"vit": 1, "clip_vision_model": 1, "dinov2": 1, "siglip_vision_model": 0, "swin": 0, "resnet": 0}
+# The last norm of those that pool by a class token.
+LAST_NORM = {"vit": "layernorm", "clip_vision_model": "post_layernorm", "dinov2": "layernorm"}
 
 
 def patch_tokens(tower: Any, output: Any) -> tuple[Tensor, Tensor]:
@@ -21,9 +24,13 @@ def patch_tokens(tower: Any, output: Any) -> tuple[Tensor, Tensor]:
     if tower.config.model_type == "clip_vision_model":  # which norms only the token that it pools
         hidden = tower.post_layernorm(hidden)
     count = CLASS_TOKENS[tower.config.model_type]
-    patches = hidden[:, count:]
+    return hidden[:, :count], on_grid(hidden[:, count:])
+
+
+def on_grid(patches: Tensor) -> Tensor:
+    """[I, h * h, D] -> [I, h, h, D]."""
     side = round(patches.shape[1] ** 0.5)
-    return hidden[:, :count], patches.unflatten(1, (side, patches.shape[1] // side))
+    return patches.unflatten(1, (side, patches.shape[1] // side))
 
 
 def pool_image(tower: Any, output: Any, pooling: str) -> Tensor:
@@ -36,13 +43,47 @@ def pool_image(tower: Any, output: Any, pooling: str) -> Tensor:
     return patches.mean((1, 2)) if pooling == "mean" else patches.amax((1, 2))
 
 
-def pool_patches(tower: Any, output: Any, pooling: str) -> Tensor:
-    """[I, h, w, D]: each patch as if it were all that there is to pool."""
-    _, patches = patch_tokens(tower, output)
-    pooler = {"vit": "pooler", "siglip_vision_model": "head"}.get(tower.config.model_type)
-    if pooling != "pooler" or pooler is None:  # other towers pool by a token, or by the mean over patches
+def pool_patches(tower: Any, run: Callable[[], Any], pooling: str) -> Tensor:
+    """[I, h, w, D]: each patch as if it were all that there is to pool. ``run`` gives the tower's output."""
+    kind = tower.config.model_type
+    if pooling == "cls" or (pooling == "pooler" and kind in LAST_NORM):
+        patches = on_grid(class_token_by_patch(tower, run)[:, CLASS_TOKENS[kind] :])
+    else:
+        _, patches = patch_tokens(tower, run())
+    pooler = {"vit": "pooler", "siglip_vision_model": "head"}.get(kind)
+    if pooling != "pooler" or pooler is None:  # by the class token, or by the mean over patches
         return patches
     return getattr(tower, pooler)(patches.flatten(0, 2)[:, None]).view(patches.shape)
+
+
+def class_token_by_patch(tower: Any, run: Callable[[], Any]) -> Tensor:
+    """[I, N, D]: what the class token would be after the last layer and norm, had it attended there to each of the N
+    tokens alone. ``run`` runs the tower.
+
+    What leaves the last layer in a patch's place was never trained to be near texts; what the class token takes from
+    the patch was (MaskCLIP, arXiv 2112.01071, which leaves the class token's own part out).
+    """
+    layer = next(m for m in tower.modules() if isinstance(m, nn.ModuleList))[-1]
+    named = list(layer.named_modules())
+    value = next(m for name, m in named if name.endswith((".v_proj", ".value")))
+    out = next(m for name, m in named if name.endswith((".o_proj", ".out_proj", "attention.output.dense")))
+    kept: dict[str, Any] = {}
+    hooks = [
+        layer.register_forward_pre_hook(lambda _, *inputs: kept.update(inputs=inputs), with_kwargs=True),
+        value.register_forward_hook(lambda _, args, found: kept.update(values=found)),
+    ]
+    try:
+        run()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    (hidden, *others), options = kept["inputs"]
+    hook = out.register_forward_pre_hook(lambda *_: (kept["values"],))  # instead of what it attends to
+    try:
+        found = layer(hidden[:, :1].expand_as(hidden), *others, **options)
+    finally:
+        hook.remove()
+    return getattr(tower, LAST_NORM[tower.config.model_type])(found[0] if isinstance(found, tuple) else found)
 
 
 def pool_text(output: Any, attention_mask: Tensor | None, pooling: str, layers: list[int]) -> Tensor:
