@@ -80,7 +80,7 @@ def test_exported_code_imports_nothing_of_ours(tmp_path):
     for name in files:
         for node in ast.walk(ast.parse((tmp_path / "hf" / name).read_text())):
             if isinstance(node, ast.ImportFrom) and not node.level:
-                assert node.module.split(".")[0] in ("collections", "torch", "transformers", "typing"), (name, node.module)
+                assert node.module.split(".")[0] in ("collections", "torch", "transformers", "typing"), node.module
     config = json.loads((tmp_path / "hf/config.json").read_text())
     assert config["auto_map"]["AutoModel"] == "dual_encoder_modeling.DualEncoder"
 
