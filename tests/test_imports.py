@@ -26,7 +26,7 @@ ALLOWED = {
     },
     "medvlm.inference": {
         *("medvlm.errors", "medvlm.data.dicom", "medvlm.data.pixels", "medvlm.data.nifti", "medvlm.data.series"),
-        "medvlm.data.volume_slices",
+        *("medvlm.data.volume_slices", "medvlm.models.poolings"),
     },
     "medvlm.evaluation": {"medvlm.errors", "medvlm.data", "medvlm.inference", "medvlm.measures"},
     "medvlm.export.verify": set(),  # runs in a fresh process, through unmodified transformers
