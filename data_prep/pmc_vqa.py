@@ -149,7 +149,7 @@ def _bare(answer: str) -> str:
 
 CONVERTER = Converter(
     name="pmc-vqa",
-    license="unknown (figures vary by article)",
+    license="CC BY-SA (figures CC0 or CC BY, by article)",
     help="PMC-VQA: figures of articles with multiple-choice questions.",
     items=items,
 )
