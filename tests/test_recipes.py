@@ -37,7 +37,7 @@ def test_tiny_recipe_trains_on_two_ranks(name, tmp_path):
 @pytest.mark.parametrize("name", DUAL)
 def test_tiny_dual_encoder_trains_each_part_on_two_ranks(name, tmp_path):
     """Few steps teach towers from scratch no contrast: the loss is that of a guess, but every part has a gradient."""
-    launch(name, "--tiny", f"run.root={tmp_path}", "training.steps=3", "training.evaluation_batches=1")
+    launch(name, "--tiny", f"run.root={tmp_path}", "training.steps=2", "training.evaluation_batches=1")
     rows = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
     steps = [row for row in rows if "loss" in row]
     values = load_recipe(name)
@@ -175,7 +175,7 @@ def test_real_vqa_rad_with_real_smollm2_trains_exports_and_evaluates(test_data, 
         "training.global_batch_size=4",
         "training.micro_batch_size=2",
         "training.epochs=null",
-        "training.steps=3",
+        "training.steps=2",
     ]
     launch("vqa_rad-smollm2", *overrides)
     run = tmp_path / "vqa_rad-smollm2"
@@ -184,8 +184,8 @@ def test_real_vqa_rad_with_real_smollm2_trains_exports_and_evaluates(test_data, 
     proof = json.loads(medvlm("export", run, "--out", tmp_path / "hf", "--json").strip().splitlines()[-1])
     assert proof["max_abs_logit_diff"] <= 1e-5
     medvlm(
-        *("evaluate", tmp_path / "hf", "--data", tmp_path / "data" / "test", "--limit", 4),
+        *("evaluate", tmp_path / "hf", "--data", tmp_path / "data" / "test", "--limit", 2),
         *("--max-new-tokens", 4, "--out", tmp_path / "evaluation"),
     )
     results = json.loads((tmp_path / "evaluation" / "results.json").read_text())
-    assert results["n"] == 4
+    assert results["n"] == 2
