@@ -5,15 +5,21 @@ from contextlib import nullcontext
 import pytest
 import torch
 from conftest import launch
+from dual_toy import BERT, RESNET, SIGLIP_TEXT, VIT
 from dual_world import make_pairs, pairs_recipe
 from plain import metrics
 from test_dual_training import Alone
+from toy import SIGLIP
+from zygote import zygote
 
 from medvlm.config.load import load_recipe
 from medvlm.data.pairs import EncodedPair
 from medvlm.errors import UserError
+from medvlm.planning.plan import make_job
+from medvlm.planning.rehearsal import rehearse
 from medvlm.training import feed
 from medvlm.training.families import Pass, family_of
+from medvlm.training.memory import pair_bound
 
 
 @pytest.fixture(scope="module")
@@ -117,3 +123,32 @@ def test_a_run_without_any_pair_stops_and_says_so(folder):
     assert "samples were quarantined, 0 pairs are left in this batch" in message
     rows = (folder / "runs" / "none" / "quarantine-rank0.jsonl").read_text()
     assert "empty report: nothing to read in comparison" in rows
+
+
+def test_training_is_refused_before_it_starts_where_it_cannot_fit(folder, tmp_path):
+    recipe, script = pairs_recipe(folder, "large"), tmp_path / "script.py"
+    script.write_text(
+        "import sys\n"
+        "from medvlm import cli\n"
+        "from medvlm.training import memory\n"
+        "memory.available = lambda: 2**20\n"
+        f'sys.argv = ["medvlm", "train", {str(recipe)!r}]\n'
+        "cli.main()\n"
+    )
+    done = zygote().run([], script=str(script))
+    assert done.returncode and "Traceback" not in done.stderr
+    assert "parameters and optimizer alone" in done.stderr and "take more ranks" in done.stderr
+
+
+@pytest.mark.parametrize(("vision", "text"), [(VIT, BERT), (RESNET, BERT), (SIGLIP, SIGLIP_TEXT)])
+def test_a_step_is_rehearsed_only_where_a_bound_that_it_keeps_is_too_much(folder, vision, text):
+    """The bound is above the rehearsed peak: else a step that does not fit would pass unasked."""
+    options = {} if text is BERT else {"model__embedding_dim": 32}
+    config = load_recipe(
+        str(pairs_recipe(folder, "bound", vision, text, **options)),
+        ["training.micro_batch_size=64", "training.global_batch_size=64"],
+    )
+    parts = family_of(config.model).components(config)
+    job = make_job(config, parts, "cpu", config.training.zero, 64, 1)
+    (rehearsal,) = rehearse([job])
+    assert rehearsal.peak < pair_bound(config, parts, job.ds_config, 1, 1) - 2**30 < 20 * rehearsal.peak

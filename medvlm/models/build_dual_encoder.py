@@ -8,6 +8,8 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 from medvlm.config.model import DualEncoder, ImageEncoder
@@ -47,6 +49,10 @@ class DualComponents:
     unused: dict[str, set[str]]
     """By part: the parameters that nothing the model gives depends on."""
     objective: Objective | None
+    parameters: int = 0
+    image_numbers: int = 0
+    token_numbers: int = 0
+    """Elements of all that the operations of a forward pass make of one image, and of one token."""
 
     @property
     def masked(self) -> bool:
@@ -264,6 +270,12 @@ def _probe(config: DualEncoder, parts: DualComponents) -> None:
     if masked and config.text_tower.pooling == "pooler":
         raise UserError("model.text_tower.pooling: a masked language model has no pooler; give cls or mean")
     parts.text_limit = _positions(model.text_encoder)
+    parts.parameters = sum(p.numel() for p in model.parameters())
+    with Born() as of_image:
+        model.image_features(pixels)
+    with Born() as of_text:
+        model.text_features(ids)
+    parts.image_numbers, parts.token_numbers = of_image.numbers, of_text.numbers // ids.numel()
     outputs = model(pixels, ids)
     total = sum(value.sum() for value in outputs.values())
     if masked:
@@ -272,6 +284,19 @@ def _probe(config: DualEncoder, parts: DualComponents) -> None:
     parts.unused = {
         name: {key for key, p in getattr(model, name).named_parameters() if p.grad is None} for name in config.PARTS
     }
+
+
+class Born(TorchDispatchMode):
+    """Counts the elements of what operations give: what they keep for a backward pass is not more."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        given, made = ([t for t in tree_leaves(x) if isinstance(t, torch.Tensor)] for x in ((args, kwargs), out))
+        known = {t.untyped_storage()._cdata for t in given}  # what shares their storage is a view
+        self.numbers += sum(t.numel() for t in made if t.untyped_storage()._cdata not in known)
+        return out
 
 
 def _positions(encoder: nn.Module) -> int:

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -17,18 +18,22 @@ from medvlm.config.schema import RunConfig
 from medvlm.data.loader import MicroBatches
 from medvlm.errors import UserError
 from medvlm.models.build import Components
+from medvlm.models.build_dual_encoder import DualComponents
 from medvlm.training import distributed
 
 SAMPLES = 64
 CUDA_BASE, CPU_BASE = 2**30, 2**30  # CUDA context, NCCL and cuBLAS; Python, PyTorch and DeepSpeed
 
 
-def check_memory(config: RunConfig, parts: Components, data: MicroBatches, ds_config: dict[str, Any]) -> None:
-    """All ranks call this. Prints a warning where a step is not likely to fit; raises UserError where it cannot."""
+def check_memory(config: RunConfig, look: Callable[[], tuple[tuple[int, int], int]]) -> None:
+    """All ranks call this. Prints a warning where a step is not likely to fit; raises UserError where it cannot.
+
+    ``look`` runs on rank 0 and gives tokens and images of the longest row, and a bound of a step's bytes.
+    """
     said: dict[str, Any] = {"message": None, "impossible": False}
     if distributed.rank() == 0:
-        memory, row = available(), longest_row(config, data)
-        if bound(config, parts, ds_config, distributed.world_size(), *row) > memory:
+        memory, (row, most) = available(), look()
+        if most > memory:
             said = ask(config, memory, *row)
             if said["message"] and not said["impossible"]:
                 print(f"warning: {said['message']}", file=sys.stderr, flush=True)
@@ -60,22 +65,36 @@ def longest_row(config: RunConfig, data: MicroBatches) -> tuple[int, int]:
 
 def bound(config: RunConfig, parts: Components, ds_config: dict[str, Any], world: int, tokens: int, images: int) -> int:
     """Bytes that a step of one rank is not likely to exceed, by half and more in those that were rehearsed."""
-    shards = world if ds_config["zero_optimization"]["stage"] == 3 else 1
     size = 2 if ds_config["bf16"]["enabled"] else 4
-    state, activations = 0, 0
+    parameters, activations = 0, 0
     micro = config.training.micro_batch_size
     vision = micro * max(1, images) * (parts.image_tokens + 1)
     for values, count in ((parts.text_config, micro * tokens), (parts.vision_config, vision)):
         width, layers = values.hidden_size, values.num_hidden_layers
         inner = getattr(values, "intermediate_size", 4 * width) * getattr(values, "num_local_experts", 1)
         vocabulary = getattr(values, "vocab_size", 0)
-        parameters = layers * (4 * width * width + 3 * width * inner) + 2 * vocabulary * width
-        # whole and sharded copies, gradients, master weights and two states of Adam, temporary ones of its update
-        state += parameters * (2 * size + (2 * size + 24) // shards)
+        parameters += layers * (4 * width * width + 3 * width * inner) + 2 * vocabulary * width
         plain = 3 * values.num_attention_heads * tokens if config.llava.attention == "eager" else 0
         activations += count * size * layers * (30 * width + 8 * inner + plain) + count * vocabulary * 16
+    return states(parameters, ds_config, world) + activations
+
+
+def states(parameters: int, ds_config: dict[str, Any], world: int) -> int:
+    """Bytes at most of all that a rank keeps from step to step, and of what DeepSpeed sends."""
+    shards = world if ds_config["zero_optimization"]["stage"] == 3 else 1
+    size = 2 if ds_config["bf16"]["enabled"] else 4
     buckets = 2 * 500_000_000 * size if torch.cuda.is_available() else 0
-    return 2**30 + state + activations + buckets
+    # whole and sharded copies, gradients, master weights and two states of Adam, temporary ones of its update
+    return 2**30 + parameters * (2 * size + (2 * size + 24) // shards) + buckets
+
+
+def pair_bound(config: RunConfig, parts: DualComponents, ds_config: dict[str, Any], world: int, images: int) -> int:
+    """As `bound`, of a dual encoder, from all that a pass over one pair makes, and a quarter for the way back."""
+    size = 2 if ds_config["bf16"]["enabled"] else 4
+    tokens = config.data.max_length * (2 if parts.masked else 1)
+    logits = config.data.max_length * getattr(parts.text_config, "vocab_size", 0) if parts.masked else 0
+    numbers = images * parts.image_numbers + tokens * parts.token_numbers + 4 * logits
+    return states(parts.parameters, ds_config, world) + config.training.micro_batch_size * numbers * size * 5 // 4
 
 
 def ask(config: RunConfig, memory: int, tokens: int, images: int) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from medvlm.objectives.sigmoid import sigmoid
 from medvlm.training import distributed, watch
 from medvlm.training.boundary import sum_and_agree
 from medvlm.training.families.base import Family, Outcome, Pass
+from medvlm.training.memory import check_memory, pair_bound
 from medvlm.training.reading import open_shards, read
 
 ROWS = ("image", "text")  # of a model's output; the rest are numbers that do not depend on the batch
@@ -82,6 +83,13 @@ class DualEncoderFamily(Family):
             paired=paired,
         )
         return MicroBatches(open_shards(data, paths), encoder, form)
+
+    def check_memory(
+        self, config: RunConfig, parts: DualComponents, data: MicroBatches, ds_config: dict[str, Any]
+    ) -> None:
+        images = 1 + (sections(config)[0].vision_head.prior_image is not None)
+        most = pair_bound(config, parts, ds_config, distributed.world_size(), images)
+        check_memory(config, lambda: ((config.data.max_length, images), most))
 
     def repeats(self, accumulation: int) -> bool:
         return accumulation > 1

@@ -21,7 +21,7 @@ from medvlm.models.vision_language_model import VisionLanguageModel
 from medvlm.training import distributed, watch
 from medvlm.training.boundary import sum_and_agree
 from medvlm.training.families.base import Family, Outcome, Pass
-from medvlm.training.memory import check_memory
+from medvlm.training.memory import bound, check_memory, longest_row
 from medvlm.training.reading import open_shards, read
 
 
@@ -58,7 +58,11 @@ class LlavaFamily(Family):
         return MicroBatches(open_shards(data, paths), encoder, form)
 
     def check_memory(self, config: RunConfig, parts: Components, data: MicroBatches, ds_config: dict[str, Any]) -> None:
-        check_memory(config, parts, data, ds_config)
+        def look() -> tuple[tuple[int, int], int]:
+            row = longest_row(config, data)
+            return row, bound(config, parts, ds_config, distributed.world_size(), *row)
+
+        check_memory(config, look)
 
     def passes(self, given: Pass, batches: Sequence[Any]) -> Outcome:
         torch.manual_seed(given.seed)
