@@ -11,7 +11,7 @@ from medvlm.study.schema import load_study
 
 
 def test_a_small_recipe_finds_held_out_reports(tmp_path):
-    """The settings of ``medvlm study phantom_pairs``, with a third of its steps on a seventh of its images."""
+    """The settings of ``medvlm study phantom_pairs``, with 120 steps on a seventh of its images."""
     data = tmp_path / "data"
     phantom.generate(data, images=900, size=64, preset="easy", shares=(0.8, 0.2, 0), workers=1)
     tokenizer.train_tokenizer_folder(tmp_path / "tokenizer", shards=[data / "train"], vocab_size=600, kind="wordpiece")
