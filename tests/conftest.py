@@ -50,6 +50,22 @@ def medvlm(*arguments: object, status: int = 0) -> str:
     return done.stdout if status == 0 else done.stdout + done.stderr
 
 
+def refused_for_memory(recipe: Path, folder: Path) -> str:
+    """What ``medvlm train`` says on a machine with one MiB."""
+    script = folder / "script.py"
+    script.write_text(
+        "import sys\n"
+        "from medvlm import cli\n"
+        "from medvlm.training import memory\n"
+        "memory.available = lambda: 2**20\n"
+        f'sys.argv = ["medvlm", "train", {str(recipe)!r}]\n'
+        "cli.main()\n"
+    )
+    done = zygote().run([], script=str(script))
+    assert done.returncode and "Traceback" not in done.stderr, done.stderr
+    return done.stderr
+
+
 def two_ranks(script: str, folder: Path, ranks: int = 2) -> list[dict]:
     """Run a script on ranks; each prints one JSON line, in any order."""
     # a rank that ends while the other still talks to it may abort on its way out

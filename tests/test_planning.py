@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from conftest import REPO, medvlm, two_ranks
+from conftest import REPO, medvlm, refused_for_memory, two_ranks
 from toy import make_recipe, make_world
 from zygote import zygote
 
@@ -89,18 +89,8 @@ def test_a_hub_name_out_of_reach_is_one_sentence_with_its_mend():
 
 def test_training_is_refused_before_it_starts_where_it_cannot_fit(toy_world, tmp_path):
     recipe = make_recipe(toy_world, "large", training__micro_batch_size=1)
-    script = tmp_path / "script.py"
-    script.write_text(
-        "import sys\n"
-        "from medvlm import cli\n"
-        "from medvlm.training import memory\n"
-        "memory.available = lambda: 2**20\n"
-        f'sys.argv = ["medvlm", "train", {str(recipe)!r}]\n'
-        "cli.main()\n"
-    )
-    done = zygote().run([], script=str(script))
-    assert done.returncode and "Traceback" not in done.stderr
-    assert "parameters and optimizer alone" in done.stderr and "take more ranks" in done.stderr
+    said = refused_for_memory(recipe, tmp_path)
+    assert "parameters and optimizer alone" in said and "take more ranks" in said
     assert not list((toy_world / "runs" / "large").glob("checkpoints/*"))
 
 

@@ -50,6 +50,7 @@ class DualComponents:
     """By part: the parameters that nothing the model gives depends on."""
     objective: Objective | None
     parameters: int = 0
+    """Of the whole model, frozen ones too."""
     image_numbers: int = 0
     token_numbers: int = 0
     """Elements of all that the operations of a forward pass make of one image, and of one token."""

@@ -71,9 +71,9 @@ class Family(ABC):
     def dataset(self, config: RunConfig, parts: Any, paths: list[str], *, training: bool) -> MicroBatches:
         """What makes batches of shards."""
 
+    @abstractmethod
     def check_memory(self, config: RunConfig, parts: Any, data: MicroBatches, ds_config: dict[str, Any]) -> None:
         """Before the model is made: warn where a step is not likely to fit, raise UserError where it cannot."""
-        return
 
     @abstractmethod
     def passes(self, given: Pass, batches: Sequence[Any]) -> Outcome:
