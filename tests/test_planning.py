@@ -103,7 +103,7 @@ def test_sharded_weights_load_under_zero3_without_a_rank_holding_the_model(tmp_p
         from medvlm.training import distributed
         distributed.start()
         folder = Path({str(tmp_path)!r}) / "llm"
-        shape = dict(hidden_size=512, intermediate_size=1536, num_hidden_layers=16, num_attention_heads=8,
+        shape = dict(hidden_size=1024, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=8,
                      num_key_value_heads=8, vocab_size=4096)
         if distributed.rank() == 0:
             z.save_pretrained(folder, shape)
