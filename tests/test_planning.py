@@ -3,11 +3,12 @@
 import json
 
 import pytest
+import torch
 from conftest import REPO, medvlm, refused_for_memory, two_ranks
 from toy import make_recipe, make_world
 from zygote import zygote
 
-from medvlm.planning.fake import Collectives
+from medvlm.planning import fake
 from medvlm.planning.step_time import Rates, seconds
 
 
@@ -47,12 +48,45 @@ def test_plan_lists_stages_recommends_one_that_fits_and_scales(toy_world, tmp_pa
     assert made["gpu_hours"] == pytest.approx(100 * made["recommended"]["step_seconds"] * 2 / 3600)
 
 
+A_VIEW_BY = {
+    "slice": lambda t: t[1:7:2],
+    "split": lambda t: t.split(3)[1],
+    "select": lambda t: t.select(1, 2),
+    "as_strided": lambda t: t.as_strided((4, 3), (6, 2), 1),
+    "view": lambda t: t.view(6, 8),
+    "detach": lambda t: t.detach(),
+    "t": lambda t: t.t(),
+    "transpose": lambda t: t.transpose(0, 1),
+    "unsqueeze": lambda t: t.unsqueeze(1),
+    "alias": lambda t: torch.ops.aten.alias(t),
+}
+
+
+@pytest.mark.parametrize("name", A_VIEW_BY)
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_view_is_cut_as_pytorch_cuts_it_and_takes_no_memory(name, device):
+    assert {op._overloadpacket.__name__ for op in fake.VIEWS} == A_VIEW_BY.keys(), "each has a case"
+    real = A_VIEW_BY[name](torch.zeros(8, 6, dtype=torch.bfloat16))
+    count = fake.Count()
+    with fake.fake_tensors() as mode, count:
+        whole = torch.zeros(8, 6, dtype=torch.bfloat16, device=device, requires_grad=True)
+        out = A_VIEW_BY[name](whole)
+        assert count.total == {device: 8 * 6 * 2} and out.fake_mode is mode
+        assert (out.shape, out.stride(), out.storage_offset()) == (real.shape, real.stride(), real.storage_offset())
+        assert (out.dtype, out.device.type) == (real.dtype, device)
+        assert out.untyped_storage()._cdata == whole.untyped_storage()._cdata
+        if out.requires_grad:
+            out.sum().backward()
+            assert whole.grad.shape == whole.shape
+        assert out.requires_grad == (name != "detach")
+
+
 def test_communication_is_that_of_a_ring():
     rates = Rates(within_node=100e9, between_nodes=10e9, gpus_per_node=4, latency=0)
-    gather = {"all-gather": Collectives(1, 8_000_000_000)}
+    gather = {"all-gather": fake.Collectives(1, 8_000_000_000)}
     assert seconds(gather, 4, rates) == pytest.approx(8e9 * 3 / 4 / 100e9)
     assert seconds(gather, 8, rates) == pytest.approx(8e9 * 7 / 8 / (4 * 10e9)), "the links between nodes are slower"
-    assert seconds({"all-reduce": Collectives(1, 8_000_000_000)}, 4, rates) == 2 * seconds(gather, 4, rates)
+    assert seconds({"all-reduce": fake.Collectives(1, 8_000_000_000)}, 4, rates) == 2 * seconds(gather, 4, rates)
     assert seconds(gather, 1, rates) == 0
 
 
