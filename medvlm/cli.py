@@ -154,6 +154,8 @@ def evaluate(
     unmentioned: Annotated[str | None, typer.Option(help="Labels of null: negative or ignore.")] = None,
     seeds: Annotated[int | None, typer.Option(help="linear_probe: how many, at least 3.")] = None,
     phrase: Annotated[str | None, typer.Option(help="grounding: label, or sentence of the report.")] = None,
+    heat: Annotated[str | None, typer.Option(help="grounding: similarity of patches, or occlusion.")] = None,
+    grid: Annotated[int | None, typer.Option(help="grounding: squares hidden in a row.")] = None,
     pictures: Annotated[int | None, typer.Option(help="grounding: heat maps to draw.")] = None,
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run code of the folder.")] = False,
     as_json: Json = False,
@@ -168,7 +170,7 @@ def evaluate(
         "aggregate": aggregate,
     }
     given |= {"k": k or None, "uncertain": uncertain, "unmentioned": unmentioned, "seeds": seeds}
-    given |= {"phrase": phrase, "pictures": pictures, "view": view or None}
+    given |= {"phrase": phrase, "heat": heat, "grid": grid, "pictures": pictures, "view": view or None}
     evaluation.run(
         folder,
         task,

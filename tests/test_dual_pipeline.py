@@ -70,6 +70,9 @@ def test_medvlms_own_form_is_evaluated_with_the_code_of_its_folder(world, tmp_pa
         evaluation.run(*arguments)
     results = evaluation.run(*arguments, options={"pictures": 1}, limit=20, trust_remote_code=True)
     assert results["n_phrases"] == 20 and results["settings"]["logit_scale"] == pytest.approx(20, rel=1e-4)
+    occluded = {"pictures": 1, "heat": "occlusion", "grid": 3}
+    results = evaluation.run(*arguments, options=occluded, limit=4, trust_remote_code=True)
+    assert results["n_phrases"] == 4 and results["heat"] == "occlusion"
     retrieved = evaluation.run(tmp_path / "hf", "retrieval", *arguments[2:], limit=20, trust_remote_code=True)
     assert retrieved["n"] == 20
 

@@ -4,6 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
+import torch
 from dual_cases import Model, Reader, labelled, reports, unit
 from PIL import Image
 
@@ -116,6 +117,23 @@ def test_a_map_that_knows_the_box_scores_above_its_controls(tmp_path):
     for name in results["heat_maps"]:
         assert Image.open(tmp_path / name).size[0] > 300
     assert {row.label for row in grounding.table(results)} >= {"CNR", "  IoU of the whole image", "  CNR of mass"}
+
+
+def test_what_is_lost_by_hiding_a_place_is_mapped_as_it_is(tmp_path):
+    """By the formula: columns of cells that lose 0.6 and 0.2 in the box, 0.1 and 0 outside; nothing is smoothed."""
+    lost = np.zeros((2, 4, 2))
+    lost[..., 0] = [[0.6, 0.2, 0.1, 0.0], [0.6, 0.2, 0.1, 0.0]]
+    model = Model({}, {"mass": unit(1, 0)})
+    model.occlusions = lambda images, batch_size, *, grid: torch.tensor(np.array([lost] * len(images))).float()
+    reader = grounded([[{"label": "mass", "xyxy": [0, 0, 16, 32]}]])
+    options = grounding.GroundingOptions(heat="occlusion", pictures=1)
+    results, (row,) = grounding.evaluate(
+        model, grounding.load(reader, None, 0, options), options, Context(tmp_path, batch_size=1)
+    )
+    heat = np.interp(np.arange(32) + 0.5, [4, 12, 20, 28], [0.6, 0.2, 0.1, 0.0])
+    inside, outside = heat[:16], heat[16:]
+    assert row["cnr"] == pytest.approx((inside.mean() - outside.mean()) / np.sqrt(inside.var() + outside.var()), 1e-5)
+    assert results["heat"] == "occlusion" and results["sigma"] == 0 and len(results["heat_maps"]) == 1
 
 
 def test_phrases_from_sentences_and_no_boxes():

@@ -93,6 +93,30 @@ def test_patches_lie_in_the_order_of_the_picture(folders):
     assert (after - before).norm(dim=-1).flatten().argmax() == 1 * 4 + 3
 
 
+def test_occlusions_are_what_an_embedding_loses_by_a_hidden_square(folders):
+    """Through transformers alone, with squares that are hidden by hand."""
+    embedder = Embedder(folders["clip"])
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32), dtype=np.uint8))
+    found = embedder.occlusions([picture, picture.rotate(90)], batch_size=5, grid=4)
+    assert found.shape == (2, 4, 4, 16)
+    pixels = embedder.pixels([picture])["pixel_values"]
+    model = AutoModel.from_pretrained(folders["clip"]).eval()
+    # cells of 8 pixels: of the corner, of an edge and of the middle the square reaches half a cell beyond
+    for (row, column), (rows, columns) in {
+        (0, 0): ((0, 12), (0, 12)),
+        (3, 1): ((20, 32), (4, 20)),
+        (1, 2): ((4, 20), (12, 28)),
+    }.items():
+        hidden = pixels.clone()
+        hidden[0, :, slice(*rows), slice(*columns)] = pixels[0].mean((1, 2))[:, None, None]
+        with torch.inference_mode():
+            whole, less = (
+                torch.nn.functional.normalize(model.get_image_features(p).pooler_output, dim=-1)
+                for p in (pixels, hidden)
+            )
+        torch.testing.assert_close(found[0, row, column], (whole - less)[0], rtol=1e-4, atol=1e-6)
+
+
 def test_long_texts_are_cut_and_counted(folders):
     embedder = Embedder(folders["clip"])
     long = "no effusion " * 100

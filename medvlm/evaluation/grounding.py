@@ -1,8 +1,8 @@
-"""Phrase grounding: does the similarity of a phrase with the patches of an image rise within its boxes?"""
+"""Phrase grounding: does the similarity of a phrase with the places of an image rise within its boxes?"""
 
 import re
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -23,12 +23,15 @@ CONTROLS = {"cnr": "other_cnr", "miou": "whole_image_iou", "miou_rescaled": "oth
 
 class PatchModel(Protocol):
     def patches(self, images: Sequence[Image.Image], batch_size: int = ...) -> Tensor: ...
+    def occlusions(self, images: Sequence[Image.Image], batch_size: int = ..., *, grid: int = ...) -> Tensor: ...
     def texts(self, texts: Sequence[str], batch_size: int = ...) -> Tensor: ...
     def pixels(self, images: list[Image.Image]) -> dict[str, Tensor]: ...
 
 
 class GroundingOptions(Options):
     phrase: Literal["label", "sentence"] = "label"
+    heat: Literal["similarity", "occlusion"] = "similarity"  # of patches, or lost where a square is hidden
+    grid: int = Field(default=8, ge=2)  # of the squares
     pictures: int = Field(default=16, ge=0)  # heat maps to draw
 
 
@@ -78,6 +81,10 @@ def evaluate(
     unique = list(dict.fromkeys(p.text for p in phrases))
     texts = dict(zip(unique, embedder.texts(unique, context.batch_size), strict=True))
 
+    occlude = options.heat == "occlusion"
+    embed_places = partial(embedder.occlusions, grid=options.grid) if occlude else embedder.patches
+    sigma = 0.0 if occlude else heat_map.SIGMA  # squares overlap already
+
     @cache
     def frame(width: int, height: int) -> heat_map.Frame:
         return heat_map.find_frame(lambda images: embedder.pixels(images)["pixel_values"], width, height)
@@ -93,7 +100,7 @@ def evaluate(
     for start in range(0, len(groups), context.batch_size):
         batch = groups[start : start + context.batch_size]
         images = [group[0].picture.image() for group in batch]
-        patches = embedder.patches(images, context.batch_size)
+        patches = embed_places(images, context.batch_size)
         if other is None:  # for the first patient
             other = (batch[-1][0].picture, patches[-1])
         for group, image, grid in zip(batch, images, patches, strict=True):
@@ -102,23 +109,23 @@ def evaluate(
             for phrase in group:
                 place = frame(*image.size)
                 mask = heat_map.box_mask(phrase.boxes, *image.size)
-                heat = heat_map.place(heat_map.similarity_map(grid, texts[phrase.text]), place, *image.size)
+                heat = heat_map.place(heat_map.similarity_map(grid, texts[phrase.text], sigma), place, *image.size)
                 row = _row(phrase, heat, mask)
                 if row is None:
                     unseen += 1
                     continue
                 if other[0].group != phrase.picture.group:
-                    elsewhere = heat_map.similarity_map(other[1], texts[phrase.text])
+                    elsewhere = heat_map.similarity_map(other[1], texts[phrase.text], sigma)
                     control = heat_map.place(elsewhere, place, *image.size)
                     row["other_cnr"] = heat_map.contrast_to_noise(control, mask)
                     row["other_miou_rescaled"] = heat_map.mean_iou(heat_map.rescaled(control), mask)
                 if id(phrase) in drawings:
-                    row["heat_map"] = _draw(context.out, len(rows), phrase, image, heat, row["cnr"])
+                    row["heat_map"] = _draw(context.out, len(rows), phrase, image, heat, row["cnr"], options.heat)
                 rows.append(row)
             last = (group[0].picture, grid)
     if not rows:
         raise UserError("no box lies where the model sees: its image processor crops them all away")
-    return _results(phrases, rows, unseen, context.seed), rows
+    return {**_results(phrases, rows, unseen, context.seed), "heat": options.heat, "sigma": sigma}, rows
 
 
 def _row(phrase: Phrase, heat: np.ndarray, mask: np.ndarray) -> dict[str, Any] | None:
@@ -157,10 +164,10 @@ def _results(phrases: Sequence[Phrase], rows: list[dict[str, Any]], unseen: int,
         for part in [[row for row in rows if row["label"] == label]]
     }
     out["heat_maps"] = [row["heat_map"] for row in rows if "heat_map" in row]
-    return {**out, "thresholds": list(heat_map.THRESHOLDS), "sigma_patches": heat_map.SIGMA, "ci95": ci}
+    return {**out, "thresholds": list(heat_map.THRESHOLDS), "ci95": ci}
 
 
-def _draw(out: Path, number: int, phrase: Phrase, image: Image.Image, heat: np.ndarray, cnr: float) -> str:
+def _draw(out: Path, number: int, phrase: Phrase, image: Image.Image, heat: np.ndarray, cnr: float, of: str) -> str:
     """Write the picture with its heat map and boxes; returns its path within the folder ``out``."""
     matplotlib = library("matplotlib")
     figure = library("matplotlib.figure").Figure(figsize=(8, 4.2), layout="constrained")
@@ -170,7 +177,7 @@ def _draw(out: Path, number: int, phrase: Phrase, image: Image.Image, heat: np.n
         axis.imshow(image, cmap="gray")
         if over:
             shown = axis.imshow(np.ma.masked_invalid(heat), cmap="inferno", alpha=0.55)
-            figure.colorbar(shown, ax=axis, label="cosine")
+            figure.colorbar(shown, ax=axis, label="cosine lost" if of == "occlusion" else "cosine")
         for x0, y0, x1, y1 in phrase.boxes:
             axis.add_patch(
                 matplotlib.patches.Rectangle(

@@ -2,7 +2,7 @@
 
 import inspect
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -127,6 +127,29 @@ class Embedder:
         """
         return self._all(images, self._patches, batch_size, normalized, "patches")
 
+    def occlusions(self, images: Sequence[Image.Image], batch_size: int = 32, *, grid: int = 8) -> Tensor:
+        """Pictures -> [N, grid, grid, D]: by what each picture's embedding, of length 1, changes where the square
+        around a cell of the grid, two cells wide, is hidden by the picture's mean.
+
+        Its product with a text is what the picture's cosine with the text loses (occlusion sensitivity, arXiv
+        1311.2901), whatever the tower and its pooling; it takes grid * grid + 1 passes. Raises UserError where the
+        image processor gives no [N, C, H, W].
+        """
+
+        def embed(batch: list[Image.Image]) -> Tensor:
+            values = self.pixels(batch)["pixel_values"]
+            if values.dim() != 4:
+                raise UserError(f"{self.name}: its image processor gives no pictures of which a square can be hidden")
+            return torch.stack([self._occluded(picture, batch_size, grid) for picture in values])
+
+        return self._all(images, embed, batch_size, False, "images")
+
+    def _occluded(self, picture: Tensor, batch_size: int, grid: int) -> Tensor:
+        versions = torch.stack([picture, *with_squares_hidden(picture, grid)])
+        found = [_features(self.model.get_image_features(pixel_values=part)) for part in versions.split(batch_size)]
+        rows = normalize(torch.cat(found).float(), dim=-1)
+        return (rows[0] - rows[1:]).unflatten(0, (grid, grid))
+
     def pixels(self, images: list[Image.Image]) -> dict[str, Tensor]:
         """What the folder's image processor makes of pictures: ``pixel_values`` [N, C, H, W] and what it adds."""
         inputs = self.image_processor(images=[image.convert("RGB") for image in images], return_tensors="pt")
@@ -184,6 +207,20 @@ class Embedder:
                 found.append(normalize(rows, dim=-1) if normalized else rows)
                 progress.advance(bar, len(batch))
         return torch.cat(found)
+
+
+def with_squares_hidden(picture: Tensor, grid: int) -> Iterator[Tensor]:
+    """[C, H, W] -> as many as the grid has cells, row by row: the square around the cell, two cells wide where the
+    picture does not end before, is the mean of each channel."""
+    height, width = picture.shape[1:]
+    mean = picture.mean((1, 2), keepdim=True)
+    for row in range(grid):
+        for column in range(grid):
+            hidden = picture.clone()
+            top, left = (round(max(0, n - 0.5) * side / grid) for n, side in ((row, height), (column, width)))
+            bottom, right = (round((n + 1.5) * side / grid) for n, side in ((row, height), (column, width)))
+            hidden[:, top:bottom, left:right] = mean
+            yield hidden
 
 
 def _features(output: Any) -> Tensor:
