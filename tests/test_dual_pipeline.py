@@ -120,6 +120,8 @@ def test_the_command_line_takes_the_options_of_a_task(world, tmp_path, capsys, m
         (("--phrase", "label"), "--phrase: is no option of task vqa"),
         (("--task", "zero_shot", "--aggregate", "median"), "--aggregate: "),
         (("--task", "zero_shot", "--prompts", "nowhere"), "--prompts: no set 'nowhere'"),
+        (("--task", "grounding", "--heat", "attention"), "--heat: Input should be 'similarity' or 'occlusion'"),
+        (("--task", "grounding", "--grid", "4"), "--grid: is for --heat occlusion alone"),
         (("--task", "retrieval", "--k", "0"), "--k: must be positive"),
         (("--task", "zero_shot", "--view", "oblique"), "no image has labels of view oblique"),
         (("--trust-remote-code",), "--trust-remote-code: task vqa"),

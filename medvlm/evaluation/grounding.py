@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 from PIL import Image
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
 from torch import Tensor
 
 from medvlm.errors import UserError
@@ -33,6 +33,13 @@ class GroundingOptions(Options):
     heat: Literal["similarity", "occlusion"] = "similarity"  # of patches, or lost where a square is hidden
     grid: int = Field(default=8, ge=2)  # of the squares
     pictures: int = Field(default=16, ge=0)  # heat maps to draw
+
+    @field_validator("grid")
+    @classmethod
+    def _has_squares(cls, grid: int, info: ValidationInfo) -> int:
+        if info.data.get("heat") != "occlusion":
+            raise ValueError("is for --heat occlusion alone; similarities have the grid of the model's patches")
+        return grid
 
 
 class Phrase(NamedTuple):
@@ -194,7 +201,7 @@ def table(results: dict[str, Any]) -> list[Row]:
     titles = {
         "cnr": "CNR",
         "cnr_absolute": "CNR, absolute",
-        "miou": "mIoU, cosine above .1 to .5",
+        "miou": "mIoU, map above .1 to .5",
         "miou_rescaled": "mIoU, map rescaled to 0 .. 1",
     }
     controls = {
