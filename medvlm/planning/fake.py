@@ -67,6 +67,8 @@ class Count(TorchDispatchMode):
         self._known: dict[int, tuple[Any, str, str, int]] = {}  # address -> weak reference, device, kind, bytes
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
+            return args[0].fake_device  # `tensor.device`, which is half of all calls
         kwargs = kwargs or {}
         if func in VIEWS and isinstance(args[0], FakeTensor):
             return _view(func, args, kwargs)
