@@ -1,10 +1,11 @@
 """Steps of our loop beside transformers' Trainer over the same DeepSpeed configuration, on CPU ranks.
 
-    python benchmarks/training.py [--steps 8] [--ranks 2] [--rounds 2]
+    python benchmarks/training.py [--steps 8] [--ranks 2] [--rounds 2] [--micro-batch 16]
 
 The mixture is that of `mixture.py`. The model keeps the proportions of a LLaVA-7B: 576 image tokens, most work in the
 language model, a twentieth in the tower, a fiftieth in the output layer. Rates count real tokens, no padding, over
-all steps but the first two; runs take turns, and the table shows the medians of the rounds.
+all steps but the first two; runs take turns, and the table shows the medians of the rounds. Padded micro-batches have
+16 samples by default, as in LLaVA-1.5's `scripts/v1_5/finetune.sh`.
 """
 
 import argparse
@@ -97,15 +98,17 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--micro-batch", type=int, default=16)
     parser.add_argument("--zero", default="zero2")
     options = parser.parse_args()
+    micro = options.micro_batch
     with tempfile.TemporaryDirectory() as temporary:
         folder, steps, ranks = Path(temporary), options.steps, options.ranks
         make_tokenizer(folder / "tokenizer")
         make_shards(folder / "shards", 800)
         shared = {"zero": options.zero, "precision": "fp32", "steps": steps, "checkpoint_every": 10**6}
         cache = {"cache_dir": str(folder / "cache")}
-        padded = {**shared, "global_batch_size": 16, "micro_batch_size": 4}
+        padded = {**shared, "global_batch_size": max(16, micro * ranks), "micro_batch_size": micro}
         packed = {**shared, "global_batch_size": ranks, "micro_batch_size": 1}
         packing = {**cache, "packing": {"tokens": 4096, "images": 12}}
         plain = make_recipe(folder, "padded", model(), cache, padded)
@@ -131,7 +134,8 @@ def report(rates: dict[str, list[Rate]], options: argparse.Namespace) -> None:
     print(
         f"{options.ranks} ranks, {os.cpu_count()} cores, Python {platform.python_version()}, torch {torch.__version__}"
     )
-    print(f"transformers {transformers.__version__}, {options.zero}, fp32, {options.steps} steps\n")
+    how = f"{options.zero}, fp32, {options.steps} steps, padded micro-batches of {options.micro_batch}"
+    print(f"transformers {transformers.__version__}, {how}\n")
     print("| loop | tokens/s | to the Trainer | samples/s | start and end, s |\n|---|---|---|---|---|")
     for name, values in rates.items():
         tokens, samples, rest = (statistics.median(column) for column in zip(*values, strict=True))

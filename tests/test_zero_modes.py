@@ -12,12 +12,13 @@ import torch
 from cases import run_cases
 from conftest import launch
 from plain import assert_same_run, initialised, metrics, plain_pytorch
-from toy import make_recipe
+from toy import LLAMA, make_recipe
 
 from medvlm.config.load import deepspeed_config_path, load_recipe
 from medvlm.models.build import build_components, build_model
 from medvlm.models.layers import repeated_layers
 from medvlm.models.trainable import apply_trainable
+from medvlm.training.checkpoint import consolidate, newest
 
 STEPS = 4
 
@@ -39,6 +40,18 @@ def cpu_adam() -> None:
     subprocess.run([sys.executable, "-c", build], env={**os.environ, "DS_ACCELERATOR": "cpu"}, check=True, timeout=600)
 
 
+@pytest.fixture(scope="session")
+def async_io() -> None:
+    """DeepSpeed's access to drives takes minutes to compile: used where that was done before."""
+    from deepspeed.ops.op_builder.cpu import AsyncIOBuilder
+    from torch.utils.cpp_extension import _get_build_directory
+
+    if not (Path(_get_build_directory("async_io", verbose=False)) / "async_io.so").is_file():
+        build = "python -c 'from deepspeed.ops.op_builder.cpu import AsyncIOBuilder as B; B().load()'"
+        pytest.skip(f"DeepSpeed's async_io is not built: install libaio-dev, then DS_ACCELERATOR=cpu {build}")
+    AsyncIOBuilder().load()
+
+
 def with_values(world: Path, name: str, of: str, **values) -> Path:
     """A DeepSpeed configuration like ``of``, with other values under ``zero_optimization``."""
     config = json.loads(deepspeed_config_path(of).read_text())
@@ -53,6 +66,40 @@ def test_offload_to_the_cpu_equals_plain_pytorch(world, reference, cpu_adam):
     run_cases(cases, 2, world)
     for name in cases:
         assert_same_run(metrics(world, name), reference)
+
+
+def test_offload_to_a_drive_equals_plain_pytorch(world, cpu_adam, async_io):
+    """Weights that train and frozen ones, of a model with matrices above 1 MiB a rank: DeepSpeed keeps smaller tensors
+    in memory. Stopped after two steps and resumed, it goes on but for rounding: after a restart DeepSpeed's Adam
+    computes its bias corrections otherwise."""
+    wide = {"model__language_model__config": {**LLAMA, "hidden_size": 512, "intermediate_size": 1024}}
+    launch(make_recipe(world, "wide", training__steps=1, training__zero="zero1", **wide), ranks=1)
+    drive = world / "drive"
+    drive.mkdir()
+    config = json.loads(deepspeed_config_path("zero3_nvme").read_text().replace("/local_nvme", str(drive)))
+    config["zero_optimization"]["offload_param"] |= {"buffer_size": 2**22, "max_in_cpu": 0}
+    (world / "drive.json").write_text(json.dumps(config))
+    wide |= {"model__init_from": str(world / "runs" / "wide")}
+    frozen = {"model__language_model__train": "frozen", **wide}
+    cases = {
+        name: mode(world, name, world / "drive.json", **options)
+        for name, options in {"drive": wide, "drive-frozen": frozen, "drive-resumed": wide}.items()
+    }
+    run_cases({name: cases[name] for name in ("drive", "drive-frozen")}, 2, world)
+    assert {path.parts[-3] for path in drive.rglob("*.swp")} == {"optimizer", "float32params"}
+    run_cases({"stopped": cases["drive-resumed"]}, 2, world, "training.stop_after=2")
+    run_cases({"resumed": cases["drive-resumed"]}, 2, world, "run.resume=require")
+    for name in ("drive", "drive-frozen"):
+        assert_same_run(metrics(world, name), plain_pytorch(cases[name]))
+    assert_same_run(metrics(world, "drive-resumed"), plain_pytorch(cases["drive"]))
+    kept = consolidate(newest(world / "runs" / "drive-frozen"))
+    before = consolidate(newest(world / "runs" / "wide"))
+    assert all(torch.equal(kept[name], before[name]) for name in before.shapes if name.startswith("language_model."))
+
+
+def test_a_drive_that_is_not_there_is_refused(world):
+    output = launch(mode(world, "no-drive", "zero3_nvme"), ranks=1, fails=True)
+    assert "nvme_path: /local_nvme is not a folder that can be written" in output and "Traceback" not in output
 
 
 def test_a_secondary_partition_within_each_node_equals_plain_pytorch(world, reference):

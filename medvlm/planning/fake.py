@@ -150,7 +150,9 @@ def _view(func: Any, args: Any, kwargs: Any) -> Any:
     mode, device = args[0].fake_mode, args[0].fake_device
     with in_kernel_invocation_manager(mode):
         out = func(*args, **kwargs)
-    return tree_map_only(torch.Tensor, lambda t: FakeTensor(mode, t, device), out)
+    if isinstance(out, torch.Tensor):
+        return FakeTensor(mode, out, device)
+    return [FakeTensor(mode, t, device) for t in out]
 
 
 def _number(func: Any, tensor: torch.Tensor) -> float | int | bool:

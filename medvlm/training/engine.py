@@ -6,6 +6,8 @@ from typing import Any
 from unittest import mock
 
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+from deepspeed.runtime.swap_tensor.partitioned_param_swapper import AsyncPartitionedParameterSwapper
+from deepspeed.runtime.zero import partition_parameters
 from deepspeed.utils import groups
 from torch import nn
 
@@ -37,16 +39,27 @@ def forget_first_step(engine: Any) -> None:
 
 
 @contextmanager
-def one_secondary_group() -> Iterator[None]:
-    """Lets several ``zero.Init`` build a model with ``zero_hpz_partition_size``: transformers makes one per backbone.
+def shared_by_inits() -> Iterator[None]:
+    """Lets several ``zero.Init`` build one model: transformers makes one per backbone.
 
-    DeepSpeed creates the group of ranks that hold the secondary copy in each of them, and asserts that there is none.
+    With ``zero_hpz_partition_size`` each creates the group of ranks that hold the secondary copy, and asserts that
+    there is none. With parameters on NVMe each has a swapper of its own, which begins by deleting the files of the
+    others, and only that of the first parameter is prepared for updates.
     """
     create = groups._create_zero_param_parallel_group
+    made: list[Any] = []
 
     def create_once(size: int) -> None:
         if groups._get_zero_param_intra_parallel_group() is None:
             create(size)
 
-    with mock.patch.object(groups, "_create_zero_param_parallel_group", create_once):
+    def swapper_once(*arguments: Any) -> Any:
+        if not made:
+            made.append(AsyncPartitionedParameterSwapper(*arguments))
+        return made[0]
+
+    with (
+        mock.patch.object(groups, "_create_zero_param_parallel_group", create_once),
+        mock.patch.object(partition_parameters, "AsyncPartitionedParameterSwapper", swapper_once),
+    ):
         yield

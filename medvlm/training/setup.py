@@ -1,6 +1,7 @@
 """From a recipe to everything that a run needs, on every rank: data and their plan, the model, the engine, the step."""
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from medvlm.models.lora import add_adapters
 from medvlm.models.sequence_parallel import SequenceParallel
 from medvlm.models.trainable import PartSummary, apply_trainable, backbones
 from medvlm.training import checkpoint, distributed, lifecycle, trackers, watch
-from medvlm.training.engine import forget_first_step, lift_scalars, one_secondary_group
+from medvlm.training.engine import forget_first_step, lift_scalars, shared_by_inits
 from medvlm.training.families import Family, family_of
 from medvlm.training.feed import accumulation_steps, count_lengths, make_plan, needs_lengths, training_data
 from medvlm.training.guard import Gate
@@ -94,7 +95,8 @@ def start(config: RunConfig, allow_change: bool = False) -> Session:
     data = training_data(config, parts)
     plan = make_plan(config, data, lengths_for_all_ranks(config, data))
     family.check_memory(config, parts, data, ds_config)
-    with one_secondary_group():
+    prepare_drive(ds_config, config.run.name)
+    with shared_by_inits():
         model = family.build(config, parts, precision(config), ds_config)
     if config.model.init_from and not found:
         source = checkpoint.newest(Path(config.model.init_from))
@@ -151,6 +153,29 @@ def prepare(model: nn.Module, config: RunConfig, parts: Any) -> tuple[list[PartS
 def offload_device(ds_config: dict[str, Any]) -> str:
     """Where the optimizer's states are: none, cpu or nvme."""
     return ds_config["zero_optimization"].get("offload_optimizer", {}).get("device", "none")
+
+
+def prepare_drive(ds_config: dict[str, Any], run: str) -> None:
+    """Give a run that offloads to NVMe a folder of its own there, in place: DeepSpeed deletes what it finds.
+
+    Raises UserError where the drive's folder cannot be used, or DeepSpeed cannot be compiled to read and write it.
+    """
+    zero = ds_config["zero_optimization"]
+    for place in ("offload_optimizer", "offload_param"):
+        if zero.get(place, {}).get("device") != "nvme":
+            continue
+        folder = Path(zero[place].get("nvme_path", ""))
+        if not (folder.is_dir() and os.access(folder, os.W_OK)):
+            raise UserError(
+                f"training.zero: {place}.nvme_path: {folder} is not a folder that can be written; put the folder of "
+                "your drive into a copy of ds_configs/zero3_nvme.json and name the copy"
+            )
+        if not distributed.deepspeed.accelerator.get_accelerator().create_op_builder("AsyncIOBuilder").is_compatible():
+            raise UserError(
+                "training.zero: DeepSpeed needs libaio to offload to NVMe: install libaio-dev (libaio-devel), or use "
+                "zero3_offload"
+            )
+        zero[place]["nvme_path"] = str(folder / run)
 
 
 def precision(config: RunConfig) -> torch.dtype:

@@ -5,9 +5,11 @@ updates: a run of parameters joined (ZeRO-1 to 3), or one parameter (ZeRO-0).
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from deepspeed.runtime.swap_tensor.partitioned_param_swapper import PartitionedParamStatus
 from torch import Tensor, nn
 
 from medvlm.training import distributed
@@ -103,14 +105,32 @@ def shard(p: nn.Parameter) -> tuple[int, int]:
     return start, max(0, min(part.ds_numel - start, part.partition_numel()))
 
 
-def held(p: nn.Parameter, *, writing: bool) -> tuple[int, Tensor]:
-    """Of any parameter: the first element, and the values, that this rank holds in the type of the forward pass."""
+@contextmanager
+def held(p: nn.Parameter, *, writing: bool, change: bool = False) -> Iterator[tuple[int, Tensor]]:
+    """Of any parameter: the first element, and the values, that this rank holds in the type of the forward pass.
+
+    What lies on an NVMe drive is in memory meanwhile; ``change``: and is written back.
+    """
     part: Any = p
-    if hasattr(p, "ds_id"):
-        start, numel = shard(p)
-        return start, part.ds_tensor.data.view(-1)[:numel]
-    start, stop = _share(p.numel()) if writing else (0, p.numel())
-    return start, p.data.view(-1)[start:stop]
+    if not hasattr(p, "ds_id"):
+        start, stop = _share(p.numel()) if writing else (0, p.numel())
+        yield start, p.data.view(-1)[start:stop]
+        return
+    start, numel = shard(p)
+    away = on_drive(p)
+    if away:
+        part.nvme_swapper.swap_in([p], async_op=False)
+    yield start, part.ds_tensor.data.view(-1)[:numel]
+    if away and change:
+        part.nvme_swapper.swap_out_and_release([p])
+    elif away:
+        part.nvme_swapper.remove_partition_and_release_buffers([p])
+
+
+def on_drive(p: nn.Parameter) -> bool:
+    """Whether ZeRO-3 keeps the shard of this rank on an NVMe drive, and has it not in memory now."""
+    part: Any = p
+    return hasattr(p, "ds_id") and part.ds_tensor.status == PartitionedParamStatus.NOT_AVAILABLE
 
 
 def forget_copy(p: nn.Parameter) -> None:

@@ -50,7 +50,7 @@ def digests(model: nn.Module, names: Collection[str]) -> dict[str, str]:
     if not ordered:
         return {}
     alone = not torch.distributed.is_initialized()
-    sums = torch.stack([_weighted_sum(*held(p, writing=not alone)) for _, p in ordered])
+    sums = torch.stack([_weighted_sum(p, writing=not alone) for _, p in ordered])
     if not alone:
         sums = sums.to(distributed.device())
         comm.all_reduce(sums)
@@ -61,14 +61,15 @@ def digests(model: nn.Module, names: Collection[str]) -> dict[str, str]:
     return {part: found.hexdigest()[:16] for part, found in hashes.items()}
 
 
-def _weighted_sum(start: int, values: Tensor) -> Tensor:
-    total = torch.zeros((), dtype=torch.int64, device=values.device)
-    for at in range(0, len(values), CHUNK):
-        chunk = values[at : at + CHUNK].to(torch.bfloat16).view(torch.int16).long()
-        place = torch.arange(start + at, start + at + len(chunk), device=values.device)
-        place *= -7046029254386353131  # odd, near 2^64 over the golden ratio: neighbours differ in all bits
-        total += (chunk * ((place ^ (place >> 29)) | 1)).sum()
-    return total.cpu()
+def _weighted_sum(p: nn.Parameter, *, writing: bool) -> Tensor:
+    with held(p, writing=writing) as (start, values):
+        total = torch.zeros((), dtype=torch.int64, device=values.device)
+        for at in range(0, len(values), CHUNK):
+            chunk = values[at : at + CHUNK].to(torch.bfloat16).view(torch.int16).long()
+            place = torch.arange(start + at, start + at + len(chunk), device=values.device)
+            place *= -7046029254386353131  # odd, near 2^64 over the golden ratio: neighbours differ in all bits
+            total += (chunk * ((place ^ (place >> 29)) | 1)).sum()
+        return total.cpu()
 
 
 def compare(expected: dict[str, str], found: dict[str, str], where: str) -> None:

@@ -132,8 +132,8 @@ def _load_frozen(model: nn.Module, path: Path, record: dict[str, Any]) -> None:
     pieces = Pieces(folder)
     for name, p in model.named_parameters():
         if record["parameters"][name]["stored"] == "frozen":
-            start, values = fragments.held(p, writing=False)
-            values.copy_(pieces.tensor(VALUE, name, start, start + len(values)))
+            with fragments.held(p, writing=False, change=True) as (start, values):
+                values.copy_(pieces.tensor(VALUE, name, start, start + len(values)))
 
 
 def load_weights(model: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
@@ -153,16 +153,16 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], where: str) -> N
         frozen.compare(stored.origin, frozen.digests(model, stored.absent), where)
     with torch.no_grad():
         for name, p in parameters.items():
-            start, values = fragments.held(p, writing=False)
-            stop = start + len(values)
-            if stored is None:
-                values.copy_(state[name].reshape(-1)[start:stop])
-            elif name not in stored.absent:
-                values.copy_(stored.part(name, start, stop))
-            elif (more := stored.added(name, start, stop)) is not None:
-                values.copy_(values.float() + more.to(values.device))
-            else:
-                continue
+            with fragments.held(p, writing=False, change=True) as (start, values):
+                stop = start + len(values)
+                if stored is None:
+                    values.copy_(state[name].reshape(-1)[start:stop])
+                elif name not in stored.absent:
+                    values.copy_(stored.part(name, start, stop))
+                elif (more := stored.added(name, start, stop)) is not None:
+                    values.copy_(values.float() + more.to(values.device))
+                else:
+                    continue
             fragments.forget_copy(p)
             p.from_checkpoint = True  # type: ignore[attr-defined]  # see frozen.from_pretrained_folders
         if stored:  # running statistics of batches

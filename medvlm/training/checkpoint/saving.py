@@ -184,10 +184,11 @@ class Saver:
             return []
         parameters, entries, starts = dict(model.named_parameters()), [], {}
         for name in names["frozen"]:
-            start, values = fragments.held(parameters[name], writing=True)
-            if len(values):
-                starts[name] = start
-                entries.append(Entry(key(VALUE, name), values.dtype, tuple(values.shape), partial(_alone, values)))
+            away = fragments.on_drive(parameters[name])
+            with fragments.held(parameters[name], writing=True) as (start, values):
+                if len(values):
+                    starts[name], kept = start, values.clone() if away else values
+                    entries.append(Entry(key(VALUE, name), kept.dtype, tuple(kept.shape), partial(_alone, kept)))
         return [Part(folder, entries, starts)]
 
     def _trained(self, step: int) -> Part:
