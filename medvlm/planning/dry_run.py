@@ -24,7 +24,7 @@ def dry_run(config: RunConfig, ranks: int, as_json: bool) -> None:
     config = for_target(config, "cuda")
     parts = components(config)
     training = config.training
-    job = make_job(config, parts, "cuda", training.zero, training.micro_batch_size, ranks, steps=1)
+    job = make_job(config, parts, "cuda", training.zero, training.micro_batch_size, ranks, quick=True)
     rehearsal = rehearse([job])[0]
     values = {
         "recipe": config.run.name,

@@ -121,17 +121,19 @@ def make_job(
     gpus: int,
     tokens: int | None = None,
     images: int | None = None,
-    steps: int | None = None,
+    quick: bool = False,
 ) -> Job:
-    """Two micro-steps stand for any number of them above one; where ``steps`` are given, they have one each."""
+    """Two micro-steps stand for any number of them above one. ``quick``: one, and under ZeRO-3 a single step, whose
+    peak lacks what is fetched ahead."""
     from medvlm.training.setup import deepspeed_config
 
-    several = steps is None and config.training.global_batch_size > micro * gpus
+    several = not quick and config.training.global_batch_size > micro * gpus
     update = {"zero": zero, "micro_batch_size": micro, "global_batch_size": micro * gpus * (2 if several else 1)}
     config = config.model_copy(update={"training": config.training.model_copy(update=update)})
     shape = batches_of(config.model).longest(config, parts, micro, tokens, images)
     ds_config = deepspeed_config(config, gpus)
-    return Job(config, parts, ds_config, gpus, shape, target, steps or steps_needed(ds_config))
+    steps = 1 if quick and ds_config["zero_optimization"]["stage"] == 3 else steps_needed(ds_config)
+    return Job(config, parts, ds_config, gpus, shape, target, steps)
 
 
 def between(known: list[tuple[int, Rehearsal]], micro: int) -> Rehearsal:

@@ -70,9 +70,10 @@ class Rehearsal:
 
 
 def steps_needed(ds_config: dict[str, Any]) -> int:
-    """ZeRO-3 learns the order of modules in two passes and then fetches ahead; ZeRO-0 makes Adam's state late."""
+    """ZeRO-3 learns the order of modules in two passes and then fetches ahead. At the other stages the first update
+    makes Adam's moments, so that only later passes have them beside their activations."""
     stage, passes = ds_config["zero_optimization"]["stage"], ds_config["gradient_accumulation_steps"]
-    return {0: 2, 3: -(-3 // passes)}.get(stage, 1)
+    return -(-3 // passes) if stage == 3 else 2
 
 
 def rehearse(jobs: Sequence[Job]) -> list[Rehearsal]:
