@@ -41,13 +41,14 @@ def resize_rows(pixels: np.ndarray, count: int, extent: float, resample: Filter)
 
 
 def _torch(pixels: np.ndarray, extent: tuple[float, float], size: tuple[int, int], resample: Filter) -> np.ndarray:
+    """Of several channels."""
     source = torch.from_numpy(np.require(pixels, requirements="W")).permute(2, 0, 1)[None]
     options: dict[str, Any] = {"size": size[::-1]}
     if extent != pixels.shape[1::-1]:  # raised by so little that the size is not rounded down
         scales = (1.0 if to == of else to / of * (1 + 1e-9) for to, of in zip(size, extent, strict=True))
         options = {"scale_factor": tuple(scales)[::-1]}
     resized = torch.nn.functional.interpolate(source, mode=TORCH_FILTERS[resample], antialias=True, **options)
-    return resized[0, :, : size[1], : size[0]].permute(1, 2, 0).numpy()
+    return cv2.merge(list(resized[0, :, : size[1], : size[0]].numpy()))  # twenty times as fast as NumPy
 
 
 def _transpose(pixels: np.ndarray) -> np.ndarray:
