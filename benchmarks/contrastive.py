@@ -7,9 +7,10 @@
 Needs `pip install open_clip_torch` and a torchvision that belongs to the installed PyTorch: an environment of its own.
 
 step: open_clip's model from the same configuration with the same weights, its ClipLoss, its optimizer settings and its
-own ``train_one_epoch`` (``--accum-freq`` where there are micro-batches); our passes on a plain engine and on
-DeepSpeed's ZeRO-1. The first losses must agree. They take turns in one process of one thread. Texts fill the context,
-so that neither side gains by padding less; images are decoded. Peak memory is of a process each, less imports.
+own ``train_one_epoch`` (``--accum-freq`` where there are micro-batches); our passes on DeepSpeed's ZeRO-1 and, without
+its partitions, on a plain engine (fp32) or ZeRO-0 (bf16). The first losses must agree. They take turns in one process
+of one thread. Texts fill the context, so that neither side gains by padding less; images are decoded. Peak memory is of
+a process each, less imports.
 In bf16 open_clip runs ``amp_bf16`` (fp32 weights, autocast), ours bf16 weights with an fp32 copy in the optimizer.
 """
 
@@ -49,9 +50,9 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 Step = Callable[[], float]
 
 
-def recipe(folder: Path, shape: Shape, batch: int, micro: int, kind: str) -> RunConfig:
+def recipe(folder: Path, shape: Shape, batch: int, micro: int, kind: str, zero: str = "zero1") -> RunConfig:
     make_bert_tokenizer(folder / "tokenizer")
-    training = {"zero": "zero1", "precision": kind, "global_batch_size": batch, "micro_batch_size": micro, "steps": 9}
+    training = {"zero": zero, "precision": kind, "global_batch_size": batch, "micro_batch_size": micro, "steps": 9}
     training |= {"weight_decay": 0.2, "gradient_clipping": None}
     model = sections(shape, str(folder / "tokenizer"))
     return load_recipe(str(make_recipe(folder, model=model, objective={"kind": "info_nce"}, training=training)))
@@ -154,7 +155,9 @@ def theirs(shape: Shape, source: DualEncoderModel, batches: list[PairBatch], kin
 
 def makers(options: argparse.Namespace, folder: Path) -> dict[str, Callable[[], Step]]:
     shape = SHAPES[options.shape]
-    config = recipe(folder, shape, options.batch, options.micro[0], options.precision)
+    config, whole = (
+        recipe(folder, shape, options.batch, options.micro[0], options.precision, zero) for zero in ("zero1", "zero0")
+    )
     batches = batches_of(shape, options.batch, options.micro[0])
 
     def open_clip() -> Step:
@@ -165,6 +168,8 @@ def makers(options: argparse.Namespace, folder: Path) -> dict[str, Callable[[], 
     table = {"open_clip": open_clip, "ours, ZeRO-1": lambda: ours(config, batches, False)}
     if options.precision == "fp32":
         table["ours, plain engine"] = lambda: ours(config, batches, True)
+    else:
+        table["ours, ZeRO-0"] = lambda: ours(whole, batches, False)
     return table
 
 

@@ -78,7 +78,9 @@ def test_offload_to_a_drive_equals_plain_pytorch(tmp_path, cpu_adam, on_drive):
     computes its bias corrections otherwise."""
     world, place = make_world(tmp_path), tmp_path / "drive"
     place.mkdir()
-    wide = {"model__language_model__config": {**LLAMA, "hidden_size": 512, "intermediate_size": 1024}}
+    # weights of a usual size: with LLAMA's, Adam's first steps make rounding errors large
+    llama = {**LLAMA, "hidden_size": 512, "intermediate_size": 1024, "initializer_range": 0.02}
+    wide = {"model__language_model__config": llama}
     launch(make_recipe(world, "init", training__steps=1, training__zero="zero1", **wide), ranks=1)
     config = json.loads(deepspeed_config_path("zero3_nvme").read_text().replace("/local_nvme", str(place)))
     config["zero_optimization"]["offload_param"] |= {"buffer_size": 2**22, "max_in_cpu": 0}
@@ -90,7 +92,7 @@ def test_offload_to_a_drive_equals_plain_pytorch(tmp_path, cpu_adam, on_drive):
     launch(frozen, **on_drive)
     for recipe in (whole, frozen):
         assert {path.parts[-3] for path in (place / recipe.stem).rglob("*.swp")} >= {"float32params"}
-        assert_same_run(metrics(world, recipe.stem), plain_pytorch(recipe), loss=1e-4, grad_norm=1e-3)
+        assert_same_run(metrics(world, recipe.stem), plain_pytorch(recipe))
     assert list((place / "whole").rglob("optimizer/*/*.swp"))
     kept, before = (consolidate(newest(world / "runs" / name)) for name in ("frozen", "init"))
     assert all(torch.equal(kept[name], before[name]) for name in before.shapes if name.startswith("language_model."))
@@ -137,7 +139,7 @@ def test_selective_checkpointing_and_compiled_layers_equal_plain_pytorch(world, 
         "model__language_model__gradient_checkpointing": 2,
         "model__vision_tower__gradient_checkpointing": 2,
     }
-    compiled = {"training__compile": "eager"}  # the graphs without a compiler: inductor takes minutes of a small CPU
+    compiled = {"training__compile": "eager"}  # the graphs without a compiler; with one: `test_compile.py`
     cases = {
         "every-second": mode(world, "every-second", "zero3", **every_second),
         "compiled": mode(world, "compiled", "zero2", **compiled),

@@ -10,12 +10,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 VARLEN = "medvlm_varlen"
+KNOWN = frozenset(inspect.signature(varlen_attn).parameters)  # to this torch
 
 
 def varlen_attention(
@@ -52,6 +54,7 @@ def varlen_attention(
     return out.view(rows, tokens, heads, width), None
 
 
+@torch.compiler.disable  # the number of segments is one of the data
 def sdpa_segments(
     query: Tensor,
     key: Tensor,
@@ -98,10 +101,8 @@ def flash_segments(
     window: int | None = None,
 ) -> Tensor:
     """As :func:`sdpa_segments`, in one call of PyTorch's flash attention (CUDA, fp16 or bf16)."""
-    from torch.nn.attention.varlen import varlen_attn
-
     grouped = query.shape[1] != key.shape[1]
-    options = varlen_options(inspect.signature(varlen_attn).parameters, scale, window, grouped)
+    options = varlen_options(KNOWN, scale, window, grouped)
     if grouped and "enable_gqa" not in options:
         key, value = (t.repeat_interleave(query.shape[1] // t.shape[1], dim=1) for t in (key, value))
     out: Any = varlen_attn(query, key, value, cu_seqlens, cu_seqlens, longest, longest, **options)

@@ -1,9 +1,13 @@
 """What is done to a backbone layer by layer: activation checkpointing, torch.compile."""
 
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 from medvlm.errors import UserError
+
+VARIANTS = 64  # of a compiled function; above, torch runs it uncompiled, with no more than a warning
 
 
 def repeated_layers(backbone: nn.Module) -> list[nn.Module]:
@@ -42,6 +46,22 @@ def compile_layers(backbones: list[nn.Module], backend: str) -> None:
     known = [*torch.compiler.list_backends(exclude_tags=()), "eager"]
     if backend not in known:
         raise UserError(f"training.compile: torch has no backend {backend!r}; known: {', '.join(sorted(set(known)))}")
+    # one Python function serves all kinds of layers, with masks and without, of one row and of more, in validation too
+    torch._dynamo.config.recompile_limit = VARIANTS
     for backbone in backbones:
+        if isinstance(backbone, PreTrainedModel):
+            maybe_install_capturing_hooks(backbone)  # now, so that it is not done later
         for layer in repeated_layers(backbone):
-            layer.compile(backend=backend, dynamic=True)
+            for module in layer.modules():
+                if module is not layer:
+                    _forget_capturing(module)
+            # not ``layer.compile``, which takes in the layer's own hooks: transformers' collects hidden states there
+            layer.forward = torch.compile(layer.forward, backend=backend, dynamic=True)
+
+
+def _forget_capturing(module: nn.Module) -> None:
+    """Remove transformers' hook that collects attention weights, of which fused attention has none: it asks a
+    ``ContextVar``, where a graph ends."""
+    for number, hook in list(module._forward_hooks.items()):
+        if hook.__module__ == maybe_install_capturing_hooks.__module__:
+            del module._forward_hooks[number]

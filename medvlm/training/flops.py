@@ -112,7 +112,8 @@ class CostRecorder:
 
     What is frozen, adapted or checkpointed is seen as it runs: a layer has an activation gradient if its input requires
     one, a weight gradient if its weight does. ``unused`` names, by part, parameters that no output depends on;
-    ``unit`` says what a layer's work is counted by, as `Family.unit`.
+    ``unit`` says what a layer's work is counted by, as `Family.unit`. What is compiled (``training.compile``) runs
+    uncompiled that once: the hooks would be compiled into it, and then all of it again without them.
     """
 
     def __init__(
@@ -133,6 +134,7 @@ class CostRecorder:
         self.handles.append(model.register_forward_hook(self._finish))
 
     def _count_images(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        torch.compiler.set_stance("force_eager")
         self.images = max(1, kwargs["pixel_values"].shape[0])  # where there is none, a blank one
 
     def _recorder(self, part: str, flops: Callable[[Any], float]) -> Any:
@@ -154,6 +156,7 @@ class CostRecorder:
         return record
 
     def _finish(self, *call_arguments: Any) -> None:
+        torch.compiler.set_stance("default")
         if not torch.is_grad_enabled():
             for calls in self.calls.values():
                 calls.clear()
