@@ -73,6 +73,8 @@ class Pairs(Section):
     """Within a section, anew each epoch."""
     alter_words: float = Field(default=0, ge=0, le=1)
     """Probability that a text is altered by EDA (arXiv 1901.11196), anew each epoch; its labels stay."""
+    synonyms: str | None = None
+    """Folder of a WordNet database, for altering words by exchanging them too."""
     views: list[str] | None = None
     """Images of these views only, such as [PA, AP]."""
     labels: list[str] = []

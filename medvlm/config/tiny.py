@@ -55,6 +55,7 @@ def _tiny_dual(recipe: dict[str, Any]) -> dict[str, Any]:
         "model.init_from": None,
         "data.max_length": min(128, recipe["data"].get("max_length", 128)),
         "data.pairs.sections": ["findings", "impression"],  # phantoms have no captions
+        "data.pairs.synonyms": None,
         **_tiny_run(TINY_PAIRS),
     }
     if image == "resnet":

@@ -50,19 +50,6 @@ def choose_text(
     return text if len(text.split()) >= min_words else None
 
 
-def alter_words(text: str, rng: random.Random) -> str:
-    """Two words swapped, or each word left out with probability 0.2: two of the four operations of EDA (arXiv
-    1901.11196), with the amounts of textaugment. The others need a thesaurus. At least one word stays."""
-    words = text.split()
-    if len(words) < 2:
-        return text
-    if rng.random() < 0.5:
-        a, b = rng.sample(range(len(words)), 2)
-        words[a], words[b] = words[b], words[a]
-        return " ".join(words)
-    return " ".join([word for word in words if rng.random() >= 0.2] or [rng.choice(words)])
-
-
 class TextEncoder:
     """Text -> token ids with the tokenizer's special tokens, cut to ``max_length``, and BERT's masked copy of them.
 

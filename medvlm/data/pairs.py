@@ -9,9 +9,10 @@ import torch
 
 from medvlm.data.augment import Augment
 from medvlm.data.conversation import IGNORE
+from medvlm.data.eda import alter_words
 from medvlm.data.images import ImageTransform
 from medvlm.data.loader import pinned, stack
-from medvlm.data.pair_text import TextEncoder, alter_words, choose_text, section_sentences
+from medvlm.data.pair_text import TextEncoder, choose_text, section_sentences
 from medvlm.data.schema import Sample
 from medvlm.errors import UserError
 
@@ -113,10 +114,10 @@ class PairEncoder:
     tokens.
 
     ``sections``, ``text``, ``min_words``, ``shuffle_sentences``, ``alter_words`` and ``views`` mean what they mean in
-    the recipe's ``data.pairs``. ``labels`` are the names of the labels wanted; where a sample has none of them, and for
-    every single sentence, they are those that ``labeler`` finds in the text. ``prior`` asks for the image whose
-    metadata say ``role: prior``, which is never the main one. Where samples are not ``paired``, one may lack its image
-    or its text.
+    the recipe's ``data.pairs``, ``synonyms`` gives those of a word. ``labels`` are the names of the labels wanted;
+    where a sample has none of them, and for every single sentence, they are those that ``labeler`` finds in the text.
+    ``prior`` asks for the image whose metadata say ``role: prior``, which is never the main one. Where samples are not
+    ``paired``, one may lack its image or its text.
     """
 
     def __init__(
@@ -130,6 +131,7 @@ class PairEncoder:
         min_words: int = 3,
         shuffle_sentences: bool = False,
         alter_words: float = 0.0,
+        synonyms: Callable[[str], list[str]] | None = None,
         views: Sequence[str] | None = None,
         augment: Augment | None = None,
         masking: float | None = None,
@@ -142,7 +144,7 @@ class PairEncoder:
         self.tokens = TextEncoder(tokenizer, max_length, masking)
         self.transform, self.augment, self.views, self.seed = transform, augment, views, seed
         self.sections, self.text, self.min_words = list(sections), text, min_words
-        self.shuffle_sentences, self.alter_words = shuffle_sentences, alter_words
+        self.shuffle_sentences, self.alter_words, self.synonyms = shuffle_sentences, alter_words, synonyms
         self.labels, self.labeler, self.prior, self.paired = list(labels), labeler, prior, paired
 
     def __call__(self, sample: Sample, images: Sequence[bytes], epoch: int | None = None) -> EncodedPair:
@@ -181,11 +183,11 @@ class PairEncoder:
         )
 
     def altered(self, text: str, sample: Sample, epoch: int | None) -> str:
-        """The text with words swapped or left out, if it is drawn for that."""
+        """The text with words swapped, left out or exchanged, if it is drawn for that."""
         if epoch is None or not self.alter_words:
             return text
         rng = self._rng(sample, epoch, "words")
-        return alter_words(text, rng) if rng.random() < self.alter_words else text
+        return alter_words(text, rng, self.synonyms) if rng.random() < self.alter_words else text
 
     def alone(self, sample: Sample, epoch: int | None = None) -> bool:
         """Whether the text is a single sentence; of ``either`` it is the report where nothing is drawn."""

@@ -17,6 +17,7 @@ from medvlm.data.labeler import LABELS, label_report
 from medvlm.data.loader import MicroBatches, load_batches
 from medvlm.data.order import micro_batches
 from medvlm.data.pairs import PairBatch, PairEncoder, collate_pairs
+from medvlm.data.wordnet import WordNet
 from medvlm.errors import UserError
 from medvlm.measures import embedding_space, retrieval
 from medvlm.models.build_dual_encoder import DualComponents, build_components, build_model
@@ -55,6 +56,7 @@ class DualEncoderFamily(Family):
             )
         augment, masking = Augment(**data.augment.model_dump()), objective.masked_language_modeling
         paired = objective.kind != "semantic_matching"
+        altered = data.pairs.alter_words if training else 0.0
         encoder = PairEncoder(
             parts.tokenizer,
             ImageTransform(parts.image_processor),
@@ -63,7 +65,8 @@ class DualEncoderFamily(Family):
             text=data.pairs.text,
             min_words=data.pairs.min_words,
             shuffle_sentences=training and data.pairs.shuffle_sentences,
-            alter_words=data.pairs.alter_words if training else 0.0,
+            alter_words=altered,
+            synonyms=WordNet(data.pairs.synonyms).synonyms if altered and data.pairs.synonyms else None,
             views=data.pairs.views,
             augment=augment if training and augment.active else None,
             masking=masking.probability if masking and training else None,
