@@ -58,8 +58,8 @@ def check(folder, tower, language, projector):
     assert proof["max_abs_pixel_diff"] <= 1e-5
 
 
-def test_a_zero3_run_exports_the_stock_key_set(world, tmp_path):
-    recipe = make_recipe(world, "exported", training__steps=2)
+def test_a_zero3_run_in_bf16_exports_the_stock_key_set(world, tmp_path):
+    recipe = make_recipe(world, "exported", training__steps=2, training__precision="bf16")
     launch(recipe)
     out = tmp_path / "hf"
     assert "max_abs_logit_diff" in medvlm("export", world / "runs" / "exported", "--out", out)
@@ -69,7 +69,9 @@ def test_a_zero3_run_exports_the_stock_key_set(world, tmp_path):
         safe_open(out / "model.safetensors", "pt") as ours,
         safe_open(tmp_path / "stock/model.safetensors", "pt") as its,
     ):
-        assert set(ours.keys()) == set(its.keys())
+        names = set(its.keys())
+        assert set(ours.keys()) == names
+        assert {ours.get_tensor(name).dtype for name in names} == {torch.bfloat16}
     assert (out / "README.md").read_text().startswith("---\nlibrary_name: transformers")
     plain = tmp_path / "unproven"
     assert "left out" in medvlm("export", world / "runs" / "exported", "--out", plain, "--no-proof")

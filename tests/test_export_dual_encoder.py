@@ -8,6 +8,7 @@ import torch
 from conftest import launch, medvlm
 from dual_toy import BERT, CLIP_TEXT, RESNET, SIGLIP_TEXT, SWIN, VIT, dual_config
 from dual_world import make_pairs, pairs_recipe
+from safetensors.torch import load_file
 from toy import CLIP, SIGLIP, make_recipe, make_tokenizer
 from transformers import AutoModel
 
@@ -150,11 +151,12 @@ def test_the_model_cards_example_runs(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """BioViL-T's kind trained on two ranks under ZeRO-3, with batch normalisation, prior images and masked words."""
+    """BioViL-T's kind in bf16 on two ranks under ZeRO-3, with batch normalisation, prior images and masked words."""
     folder = make_pairs(tmp_path_factory.mktemp("pairs"))
     objective = {"kind": "info_nce", "masked_language_modeling": {"weight": 0.1}}
     sections = {"model__vision_head": PRIOR, "model__text_head": MLP, "objective": objective}
-    launch(pairs_recipe(folder, "biovil_t", RESNET, **sections, training__steps=3, training__ema_decay=0.5))
+    training = {"training__steps": 3, "training__ema_decay": 0.5, "training__precision": "bf16"}
+    launch(pairs_recipe(folder, "biovil_t", RESNET, **sections, **training))
     return folder / "runs" / "biovil_t"
 
 
@@ -165,6 +167,8 @@ def test_a_zero3_run_exports_through_the_command_line(run, tmp_path):
     tower = AutoModel.from_pretrained(tmp_path / "hf/vision_tower")
     assert tower.embedder.embedder.normalization.running_mean.abs().max() > 1e-3
     assert int(tower.embedder.embedder.normalization.num_batches_tracked) >= 3
+    stored = load_file(tmp_path / "hf/model.safetensors").values()
+    assert {t.dtype for t in stored if t.is_floating_point()} == {torch.bfloat16}
     embedder = Embedder(tmp_path / "hf", trust_remote_code=True)
     found = embedder.texts(["no pleural effusion", "cardiomegaly"])
     assert found.shape == (2, 16) and torch.allclose(found.norm(dim=1), torch.ones(2))

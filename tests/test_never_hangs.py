@@ -16,7 +16,7 @@ from toy import make_recipe, sample, volume_sample
 from medvlm.data.shards import write_shards
 from medvlm.models.lora import add_adapters
 
-CASES = 10  # per number of ranks
+CASES = 7  # per number of ranks
 IMAGES = {
     "text only": lambda i: 0,
     "one image": lambda i: 1,

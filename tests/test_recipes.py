@@ -175,7 +175,7 @@ def test_real_vqa_rad_with_real_smollm2_trains_exports_and_evaluates(test_data, 
         "training.global_batch_size=4",
         "training.micro_batch_size=2",
         "training.epochs=null",
-        "training.steps=2",
+        "training.steps=1",
     ]
     launch("vqa_rad-smollm2", *overrides)
     run = tmp_path / "vqa_rad-smollm2"
