@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from medvlm.data.eda import alter_words
+from medvlm.data.eda import alter_words, exchange
 from medvlm.data.wordnet import SPEECH, WordNet
 from medvlm.errors import UserError
 
@@ -40,6 +40,11 @@ def test_a_text_without_synonyms_stays_and_a_word_is_no_text_to_alter():
         "left",
     }
     assert alter_words("clear", random.Random(0), synonyms) == "clear"
+    short = "L PA T2 5cm non-clear"
+    assert (
+        exchange(short.split(), random.Random(0), lambda word: ["wrong"] if word != "non-clear" else [])
+        == short.split()
+    )
 
 
 @pytest.fixture
@@ -96,7 +101,7 @@ def test_wordnet_is_read_as_nltk_reads_it(tmp_path):
         words += ["geese", "men", "better", "children", "seen", "axes", "opacities", "effusions"]
         for word in words:
             names = {name.lower() for meaning in theirs.synsets(word) for name in meaning.lemma_names()}
-            plain = {re.sub("[^a-z ]", "", re.sub("[_-]", " ", name)) for name in names}
+            plain = {" ".join(re.sub("[^a-z ]", "", re.sub("[_-]", " ", name)).split()) for name in names}
             assert ours.synonyms(word) == sorted(plain - {word, ""}), word
     finally:
         nltk.data.path.remove(str(tmp_path))

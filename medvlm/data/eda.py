@@ -10,9 +10,10 @@ could did do does for from further had has have he her here him his how i if in 
 off on once only or other our out over own same she should so some such than that the their them then there these they
 this those through to too under until up very was we were what when where which while who will with would you
 """
-TELLING_WORDS = "left right no not nor none without never"  # which side a finding is on, and whether it is there
+# Which side a finding is on, and whether it is there.
+TELLING_WORDS = "left right no not nor none non without never absent negative free"
 KEPT = frozenset(f"{FUNCTION_WORDS} {TELLING_WORDS}".split())  # not exchanged: WordNet has "a" for angstrom
-WORD = re.compile("[A-Za-z]+(?:-[A-Za-z]+)*")
+WORD = re.compile(r"(?<!\w)[A-Za-z]{3,}(?:-[A-Za-z]+)*(?!\w)")  # no "L", "PA", "T2" and "5cm", which are names or units
 
 
 def alter_words(text: str, rng: random.Random, synonyms: Callable[[str], list[str]] | None = None) -> str:

@@ -35,7 +35,7 @@ class WordNet:
         for speech in SPEECH:
             path = Path(folder) / f"{speech}.exc"  # absent where a language has none
             lines = path.read_text().splitlines() if path.is_file() else []
-            self.exceptions[speech] = {form: bases for form, *bases in map(str.split, lines)}
+            self.exceptions[speech] = {form: bases for form, *bases in map(str.split, filter(str.strip, lines))}
 
     def synonyms(self, word: str) -> list[str]:
         """In order, lower case, without ``word`` itself; inflected words are looked up as what they are forms of."""
@@ -78,7 +78,8 @@ class WordNet:
 
 def _plain(word: str) -> str:
     """Letters and spaces, as EDA's authors keep them."""
-    return re.sub("[^a-z ]", "", word.replace("_", " ").replace("-", " ").lower())
+    letters = re.sub("[^a-z ]", "", word.replace("_", " ").replace("-", " ").lower())
+    return " ".join(letters.split())
 
 
 def _mapped(path: Path) -> mmap.mmap:
