@@ -1,5 +1,7 @@
 """`training.compile`: what is compiled, how often, and that it trains as plain PyTorch does."""
 
+import itertools
+
 import pytest
 import torch
 from conftest import launch
@@ -7,6 +9,8 @@ from plain import assert_same_run, metrics, plain_pytorch
 from toy import LLAMA, SIGLIP, make_recipe, sample
 
 from medvlm.config.load import load_recipe
+from medvlm.data.conversation import IGNORE
+from medvlm.data.loader import Encoded, collate
 from medvlm.data.shards import write_shards
 from medvlm.models.build import build_components, build_model
 from medvlm.models.layers import compile_layers
@@ -51,6 +55,25 @@ def test_layers_of_a_kind_are_compiled_once_whatever_the_length(world, tmp_path,
     assert recorder.done
     assert graphs == [0, *[count] * 5], dict(dynamo["graph_break"])
     assert len(dynamo["graph_break"]) == (layout == "padding-free"), dict(dynamo["graph_break"])
+
+
+def test_every_form_of_a_batch_has_its_graph(world, dynamo, monkeypatch):
+    """Of one row and of more, padded or not, with one image and with more, in training and in validation: none is above
+    torch's limit, which would run it uncompiled."""
+    config = load_recipe(str(make_recipe(world, "forms")))
+    parts = build_components(config.model)
+    model = build_model(config.model, parts, torch.float32)
+    compile_layers([model.vision_tower, model.language_model], "eager")
+    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
+    for training, images, lengths in itertools.product((True, False), (1, 2, 3), ([8], [8, 8], [8, 3], [16, 4, 2])):
+        rows = [Encoded([5] * n, [5] * n) for n in lengths]
+        rows[0].images = [torch.zeros(1, 32, 32, dtype=torch.uint8)] * images
+        rows[0].ids[:0] = [parts.image_token_id] * (parts.image_tokens * images)
+        rows[0].labels = [IGNORE] * (len(rows[0].ids) - lengths[0]) + rows[0].labels
+        batch = collate(rows, 0, 32, False)
+        with torch.set_grad_enabled(training):
+            model.train(training)(**batch.inputs(torch.device("cpu")))
+    assert dynamo["stats"]["unique_graphs"] > 8, "torch's own limit"
 
 
 def test_inductor_equals_plain_pytorch(world):

@@ -6,10 +6,13 @@ import shutil
 from pathlib import Path
 
 import pytest
+from dual_world import make_pairs, pairs_recipe
 
+from medvlm.config.load import load_recipe
 from medvlm.data.eda import alter_words, exchange
 from medvlm.data.wordnet import SPEECH, WordNet
 from medvlm.errors import UserError
+from medvlm.training.families import family_of
 
 TEXT = "Heart size is normal, no heart failure. The left lung is clear."
 DEBIAN = Path("/usr/share/wordnet")
@@ -80,6 +83,22 @@ def test_a_database_that_lacks_a_file_is_refused(database):
     (database / "data.adj").touch()
     with pytest.raises(UserError, match=r"data.adj cannot be read \(it is empty\)"):
         WordNet(database)
+
+
+def test_a_recipe_names_the_database(tmp_path, database):
+    folder = make_pairs(tmp_path / "pairs")
+    pairs = {"alter_words": 1.0, "synonyms": str(database)}
+    config = load_recipe(str(pairs_recipe(folder, "words", data__pairs=pairs)))
+    family, parts = family_of(config.model), family_of(config.model).components(config)
+    data = family.dataset(config, parts, config.data.train, training=True)
+    encoder, study = data.encoder, data.reader.sample(0)
+    drawn = {encoder.altered("a small effusion", study, epoch) for epoch in range(60)}
+    assert {"a small gush", "a small outburst"} <= drawn
+    held_out = family.dataset(config, parts, config.data.train, training=False).encoder
+    assert {held_out.altered("a small effusion", study, epoch) for epoch in range(60)} == {"a small effusion"}
+    (database / "index.verb").unlink()
+    with pytest.raises(UserError, match=r"data.pairs.synonyms: .*index.verb cannot be read"):
+        family.dataset(config, parts, config.data.train, training=True)
 
 
 def test_wordnet_is_read_as_nltk_reads_it(tmp_path):

@@ -201,6 +201,7 @@ LABELS = ["Cardiomegaly", "Edema", "Pleural Effusion"]
 def labeler(text: str) -> dict[str, int | None]:
     return {
         "Cardiomegaly": 1 if "enlarged" in text or "Cardiomegaly" in text else None,
+        "Edema": None,
         "Pleural Effusion": 0 if "No" in text else None,
     }
 
@@ -220,6 +221,9 @@ def test_labels_are_the_samples_own_or_those_of_its_text(tokenizer):
         encode(unpaired(labeler=None), study(0))
     with pytest.raises(UserError, match=r"has none of the labels Cardiomegaly, .* and no report"):
         encode(unpaired(), study(0, report={"indication": "Cough."}))
+    for labels in ({"Edema": 1}, {}):  # one of the sample's own beside it, or none
+        with pytest.raises(UserError, match="neither the sample nor the labeler has a label 'Oedma'"):
+            encode(unpaired(labels=["Edema", "Oedma"]), study(0, labels=labels))
 
 
 def test_sides_of_unpaired_batches_have_their_own_sizes(tokenizer):

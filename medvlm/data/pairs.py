@@ -146,6 +146,7 @@ class PairEncoder:
         self.sections, self.text, self.min_words = list(sections), text, min_words
         self.shuffle_sentences, self.alter_words, self.synonyms = shuffle_sentences, alter_words, synonyms
         self.labels, self.labeler, self.prior, self.paired = list(labels), labeler, prior, paired
+        self.known = frozenset(labeler("")) if labeler and labels else frozenset()  # a blank of these may be left out
 
     def __call__(self, sample: Sample, images: Sequence[bytes], epoch: int | None = None) -> EncodedPair:
         if any(image.depth for image in sample.images):
@@ -246,6 +247,9 @@ class PairEncoder:
         return self.labeler(text)
 
     def _vector(self, labels: Mapping[str, int | None]) -> list[float]:
+        strange = [name for name in self.labels if name not in labels and name not in self.known]
+        if strange:
+            raise UserError(f"data.pairs.labels: neither the sample nor the labeler has a label {strange[0]!r}")
         return [float(labels.get(name) or 0) for name in self.labels]
 
 

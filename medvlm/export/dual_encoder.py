@@ -84,7 +84,7 @@ def export_run(run: Path, out: Path, tag: str | None = None, ema: bool = False, 
     bf16 = checkpoint.read_manifest(source)["bf16"]
     dtype = torch.bfloat16 if bf16 else torch.float32
     kind = write_folder(staging, trained, torch.float32 if prove else dtype)
-    proof = compare(expected, staging) if expected else None
+    proof = {**compare(expected, staging), "stored": "bf16" if bf16 else "fp32"} if expected else None
     if proof and bf16:  # proven in fp32, published in the type it was trained in
         for path in staging.rglob("model*.safetensors*"):
             path.unlink()

@@ -4,7 +4,7 @@ from typing import Any
 
 from medvlm.config.model import DualEncoder
 from medvlm.config.schema import RunConfig
-from medvlm.export.model_card import origin
+from medvlm.export.model_card import origin, rounded
 from medvlm.models.build_dual_encoder import DualComponents
 
 LABELS = ["No pleural effusion.", "There is a pleural effusion on the left."]
@@ -76,4 +76,4 @@ def _checked(proof: dict[str, Any] | None) -> str:
         return "Checked at export: names and shapes of the weights, not embeddings against the training model's."
     worst = max(proof["max_abs_image_diff"], proof["max_abs_text_diff"])
     return f"""Checked at export: normalised embeddings of this folder in a fresh process differ from the training
-model's by at most {worst:.1e} (fp32, transformers {proof["transformers"]})."""
+model's by at most {worst:.1e} (fp32, transformers {proof["transformers"]}).{rounded(proof)}"""

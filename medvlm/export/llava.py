@@ -51,7 +51,7 @@ def export_run(run: Path, out: Path, tag: str | None = None, ema: bool = False, 
     write_llava(staging, values, parts, config, torch.float32 if prove or not bf16 else torch.bfloat16)
     proof = None
     if expected:
-        proof = compare(expected, staging)
+        proof = {**compare(expected, staging), "stored": "bf16" if bf16 else "fp32"}
         if bf16:  # proven in fp32, published in the type it was trained in
             for path in staging.glob("model*"):
                 path.unlink()

@@ -48,7 +48,12 @@ def _checked(proof: dict[str, Any] | None) -> str:
     if proof is None:
         return "Checked at export: names and shapes of the weights, not its logits against the training model's."
     return f"""Checked at export: image and text logits of this folder in a fresh process differ from the training
-model's by at most {proof["max_abs_logit_diff"]:.1e} (fp32, transformers {proof["transformers"]})."""
+model's by at most {proof["max_abs_logit_diff"]:.1e} (fp32, transformers {proof["transformers"]}).{rounded(proof)}"""
+
+
+def rounded(proof: dict[str, Any]) -> str:
+    """What the proof does not cover."""
+    return "" if proof["stored"] == "fp32" else f" The weights were rounded to {proof['stored']} after that."
 
 
 def origin(part: Backbone) -> str:

@@ -41,18 +41,20 @@ def write_weights(
 ) -> None:
     """The weights of a class of transformers, which ``target`` is, built on the meta device: for each of its parameters
     and persistent buffers a mapping and the name in it. Each is asked for once, when it is written, so that a mapping
-    that reads from elsewhere needs memory for one at a time. Numbers with a point are stored in ``dtype``.
+    that reads from elsewhere needs memory for one at a time. Parameters are stored in ``dtype``, numbers with a
+    point that are none, running means and variances, in fp32 as training has them.
 
     Raises UserError if the sources are not exactly what the class has.
     """
-    tensors = {**dict(target.named_parameters()), **persistent_buffers(target)}
+    buffers = persistent_buffers(target)
+    tensors = {**dict(target.named_parameters()), **buffers}
     if wrong := sources.keys() ^ tensors.keys():
         raise UserError(
             f"{folder}: {type(target).__name__}'s weights are not the trained ones: {', '.join(sorted(wrong)[:3])}"
         )
     entries = []
     for file_name, name in file_names(target, tensors).items():
-        kind = dtype if tensors[name].is_floating_point() else tensors[name].dtype
+        kind = dtype if name not in buffers else torch.float32 if tensors[name].is_floating_point() else torch.int64
         pieces = partial(checkpoint.in_pieces, *sources[name], kind)
         entries.append(checkpoint.Entry(file_name, kind, tuple(tensors[name].shape), pieces))
     checkpoint.write_sharded(folder, entries, SHARD_BYTES)

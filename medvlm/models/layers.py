@@ -1,5 +1,6 @@
 """What is done to a backbone layer by layer: activation checkpointing, torch.compile."""
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -41,8 +42,6 @@ def compile_layers(backbones: list[nn.Module], backend: str) -> None:
     A layer is compiled once for all its like, batches of another length need no new compilation, and what lies between
     the layers (images merged into the text, the choice of supervised positions) is free to depend on the data.
     """
-    import torch
-
     known = [*torch.compiler.list_backends(exclude_tags=()), "eager"]
     if backend not in known:
         raise UserError(f"training.compile: torch has no backend {backend!r}; known: {', '.join(sorted(set(known)))}")
