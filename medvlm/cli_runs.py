@@ -80,8 +80,8 @@ def compare(
     from rich.table import Table
 
     table = Table("", *(folder.name for folder in folders))
-    for name in next(iter(values.values())):
-        table.add_row(name, *(shown(one[name]) for one in values.values()))
+    for name in dict.fromkeys(name for one in values.values() for name in one):
+        table.add_row(name, *(shown(one.get(name)) for one in values.values()))
     table.add_section()
     for key, row in differing.items():
         table.add_row(key, *map(shown, row))

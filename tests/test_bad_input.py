@@ -10,6 +10,7 @@ from toy import LLAMA, make_recipe, make_shards, make_tokenizer, sample
 from medvlm.config.load import load_recipe, recipe_names
 from medvlm.data.shards import ShardReader, write_shards
 from medvlm.errors import UserError
+from medvlm.training.setup import deepspeed_config
 
 
 @pytest.fixture
@@ -53,6 +54,42 @@ def test_wrong_configuration_names_the_field_and_the_mend(folder, override, word
 
 def test_an_unknown_recipe_suggests_the_nearest():
     assert "did you mean 'phantom-stage1'?" in medvlm("train", "phantom-stag1", status=2)
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        ({"fp16": {"enabled": True}}, "fp16: is not for this file"),
+        ({"optimizer": {"type": "Adam"}}, "optimizer: is not for this file"),
+        ({"gradient_clipping": 0.5}, "gradient_clipping: is 0.5, and the recipe makes it 1.0"),
+        ({"bf16": {"enabled": True}}, "bf16: is {'enabled': True}, and the recipe makes it {'enabled': False}"),
+        ({"train_batch_size": 4}, "train_batch_size: is 4, and the recipe makes it 8"),
+        ({"zero_optimisation": {}}, "zero_optimisation: unknown key; did you mean 'zero_optimization'?"),
+        ({"zero_optimization": {"stage": 3, "overlap_com": True}}, "zero_optimization.overlap_com: Extra inputs"),
+        ({"zero_optimization": {"stage": 7}}, "zero_optimization.stage: Input should be"),
+        ({"zero_optimization": 3}, "has no zero_optimization.stage"),
+    ],
+)
+def test_a_zero_configuration_that_contradicts_the_recipe_is_refused(folder, values, sentence):
+    path = folder / "own.json"
+    path.write_text(json.dumps({"zero_optimization": {"stage": 2}} | values))
+    recipe = make_recipe(folder, "own", training__zero=str(path))
+    with pytest.raises(UserError) as refused:
+        deepspeed_config(load_recipe(str(recipe)), 2)
+    assert f"{path}: {sentence}" in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_a_zero_configuration_that_agrees_is_taken(folder):
+    path = folder / "own.json"
+    same = {
+        "train_batch_size": "auto",
+        "gradient_clipping": 1.0,
+        "bf16": {"enabled": "auto"},
+        "fp16": {"enabled": False},
+    }
+    path.write_text(json.dumps({"zero_optimization": {"stage": 2, "reduce_bucket_size": "auto"}, **same}))
+    made = deepspeed_config(load_recipe(str(make_recipe(folder, "own", training__zero=str(path)))), 2)
+    assert (made["train_batch_size"], made["bf16"]) == (8, {"enabled": False})
 
 
 def test_a_missing_shard_folder(folder):

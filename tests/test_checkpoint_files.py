@@ -5,12 +5,14 @@ import json
 import shutil
 from pathlib import Path
 
+import hooks
 import pytest
 import torch
 from conftest import launch, medvlm, two_ranks
 from safetensors.torch import load_file
 from toy import make_recipe
 
+from medvlm.errors import UserError
 from medvlm.training import checkpoint
 from medvlm.training.checkpoint.folder import checkpoints
 
@@ -84,6 +86,58 @@ def test_a_half_deleted_checkpoint_is_never_passed_over(run, name):
         message = f"prune {run} --after step-00000005"
     output = resume_of(run, fails=True)
     assert "is missing" in output and message in output and "Traceback" not in output
+
+
+MANIFESTS = {
+    "cut off": (lambda text: text[:200], "its medvlm.json is damaged (Expecting value"),
+    "a byte": (lambda text: text.replace('"world_size": 2', '"world_size": 3'), "damaged (its checksum is"),
+    "another step's": (lambda text: text.replace('"step": 6', '"step": 5'), "damaged (its checksum is"),
+    "no files": (lambda text: '{"format": 1}', "damaged (it lists no files)"),
+}
+
+
+@pytest.mark.parametrize("damage", MANIFESTS)
+def test_a_damaged_manifest_is_found_and_the_way_back_is_named(run, damage):
+    change, said = MANIFESTS[damage]
+    file = run / "checkpoints" / "step-00000006" / "medvlm.json"
+    file.write_text(change(file.read_text()))
+    found = json.loads(medvlm("checkpoint", "verify", run, "--json", status=1).splitlines()[0])
+    assert [bool(row["problem"]) for row in found] == [False, False, True] and said in found[2]["problem"]
+    output = resume_of(run, fails=True)
+    command = f"medvlm checkpoint prune {run} --after step-00000005"
+    assert said in output and command in output and "Traceback" not in output
+    assert json.loads(medvlm("checkpoint", "prune", run, "--keep", 1, "--json"))["removed"] == ["step-00000003"]
+    medvlm(*command.split()[1:])
+    assert names(run) == ["step-00000005"]
+
+
+def test_a_checkpoint_under_another_name_or_of_an_early_version(run):
+    folder = run / "checkpoints" / "step-00000006"
+    record = json.loads((folder / "medvlm.json").read_text())
+    del record["crc32"]
+    (folder / "medvlm.json").write_text(json.dumps(record))
+    assert checkpoint.newest(run) == folder, "without a checksum of its own"
+    folder.rename(folder.with_name("step-00000007"))
+    with pytest.raises(UserError, match=r"its medvlm.json is that of step 6; .* --after step-00000005"):
+        checkpoint.newest(run)
+    record["format"] = 2
+    (folder.with_name("step-00000007") / "medvlm.json").write_text(json.dumps(record | {"step": 7}))
+    with pytest.raises(UserError, match="was written in checkpoint format 2"):
+        checkpoint.read_manifest(checkpoint.newest(run))
+
+
+def test_what_cannot_be_pruned_is_said_and_training_goes_on(run):
+    hook = {"script": hooks.SCRIPT, "HOOK": "medvlm.training.checkpoint.saving:prune 1 0 no_space"}
+    said = resume_of(run, "training.steps=8", "--allow-change", **hook)
+    assert "warning: an old checkpoint could not be removed: [Errno 28]" in said
+    assert names(run) == ["step-00000003", "step-00000006", "step-00000007", "step-00000008"]
+
+
+def test_ranks_that_see_other_checkpoints_do_not_start(run):
+    hook = {"script": hooks.SCRIPT, "HOOK": "medvlm.training.checkpoint:to_resume 1 1 nothing"}
+    said = resume_of(run, fails=True, **hook)
+    assert "its newest checkpoint is step-00000006 to rank 0 and none to rank 1" in said
+    assert said.count("medvlm: error:") == 1 and "Traceback" not in said
 
 
 def test_leftovers_of_a_killed_run_are_removed_at_the_next_start(run):

@@ -64,6 +64,8 @@ def test_semantic_matching_weighs_texts_by_their_labels(similarity):
 def test_images_and_texts_of_semantic_matching_need_not_be_pairs():
     labels = torch.eye(3)
     assert semantic_matching(IMAGE, TEXT[:2], labels, labels[:2], 1.0).isfinite()
+    assert semantic_matching(IMAGE, TEXT[:0], labels, labels[:0], 1.0) == 0
+    assert semantic_matching(IMAGE[:0], TEXT, labels[:0], labels, 1.0) == 0
 
 
 class Largest(TorchDispatchMode):

@@ -2,6 +2,7 @@
 
 from contextlib import nullcontext
 
+import hooks
 import pytest
 import torch
 from conftest import launch, refused_for_memory
@@ -92,6 +93,13 @@ def test_a_batch_of_normal_studies_matches_all_with_all(folder, labels, similari
     outcome, gradients = passes(config, [row(n, labels) for n in range(3)])
     assert outcome.finite == [True] and all(bool(g.isfinite().all()) for g in gradients)
     assert float(outcome.share) >= torch.log(torch.tensor(3.0)), "no less than the entropy of the target"
+
+
+def test_a_temperature_that_is_no_number_any_more_is_named(folder):
+    path = pairs_recipe(folder, "scale", training__steps=3)
+    hook = "medvlm.models.joint_space:Similarity.forward 0 all nan_first"
+    said = launch(path, ranks=1, fails=True, script=hooks.SCRIPT, HOOK=hook)
+    assert "step 1: the loss is nan, and so is the similarity's scale (samples of" in said
 
 
 @pytest.mark.parametrize(

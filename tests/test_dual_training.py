@@ -11,6 +11,7 @@ from dual_world import make_pairs, pairs_recipe
 from plain import assert_same_run, initialised, metrics, plain_pytorch, whole_loss
 
 from medvlm.config.load import load_recipe
+from medvlm.data.shards import ShardReader, write_shards
 from medvlm.training import feed
 from medvlm.training.families import Pass, family_of
 
@@ -39,13 +40,53 @@ def recipe(folder, case, name, **options):
     return pairs_recipe(folder, name, **{**CASES[case], **FAST, **start, **options})
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("zero", ["zero3", "zero1"])
+OTHER_STAGES = [("convirt", "zero1"), ("sigmoid", "zero2"), ("medclip", "zero1"), ("masked", "zero2")]
+
+
+@pytest.mark.parametrize(("case", "zero"), [*((case, "zero3") for case in CASES), *OTHER_STAGES])
 def test_two_ranks_and_cached_gradients_equal_one_large_batch(folder, case, zero):
     """Two ranks of two micro-batches of two pairs; plain PyTorch takes the eight at once."""
     path = recipe(folder, case, f"{case}-{zero}", training__zero=zero)
     launch(path)
     assert_same_run(metrics(folder, f"{case}-{zero}"), plain_pytorch(path))
+
+
+def test_ranks_may_lack_images_or_texts(folder):
+    """Of three samples that have one side each a rank has the same side thrice in a third of the steps."""
+
+    def sides():
+        reader = ShardReader(folder / "pairs" / "train")
+        for n in range(len(reader)):
+            sample, images = reader.load(n)
+            left_out = {"report": {}} if n % 3 else {"images": [], "boxes": [], "messages": []}
+            members = {} if n % 3 == 0 else {i.file: image for i, image in zip(sample.images, images, strict=True)}
+            yield sample.model_copy(update=left_out), members
+
+    write_shards(sides(), folder / "sides", "sides")
+    shape = {"training__global_batch_size": 6, "training__micro_batch_size": 1, "data__train": [str(folder / "sides")]}
+    path = recipe(folder, "medclip", "sides", **{**FAST, **shape}, training__zero="zero3")
+    launch(path)
+    assert_same_run(metrics(folder, "sides"), plain_pytorch(path))
+
+
+def test_frozen_layers_and_their_statistics_stay(folder):
+    first = {"model__vision_tower__frozen_layers": 1, "model__text_tower__frozen_layers": 2}
+    shape = {"model__vision_head": {"kind": "conv", "norm": "batch"}, "model__vision_tower__image_size": 32}
+    path = pairs_recipe(folder, "layers", RESNET, **first, **shape, **FAST, training__zero="zero1")
+    config = load_recipe(str(path))
+    before = family_of(config.model).build(config, family_of(config.model).components(config), torch.float32, None)
+    launch(path)
+    after = initialised(
+        load_recipe(str(pairs_recipe(folder, "after", RESNET, **shape, model__init_from=str(folder / "runs/layers")))),
+        family_of(config.model).components(config),
+    ).state_dict()
+    same = {name for name, value in before.state_dict().items() if torch.equal(value, after[name])}
+    frozen = ("vision_tower.embedder.", "vision_tower.encoder.stages.0.", "text_tower.embeddings.")
+    frozen += ("text_tower.encoder.layer.0.", "text_tower.encoder.layer.1.")
+    assert same >= {name for name in after if name.startswith(frozen)}
+    trained = ("vision_tower.encoder.stages.1.", "text_tower.encoder.layer.2.", "vision_head.", "text_head.")
+    moved = {name for name in after if name.startswith(trained) and not name.endswith("key.bias")}
+    assert moved and any("running_mean" in name for name in moved) and not same & moved
 
 
 def test_three_ranks_share_the_last_batch_of_an_epoch_unevenly(folder):
@@ -184,13 +225,23 @@ def test_a_run_begins_with_anothers_statistics_of_batches(folder):
     assert found and all(float((b - 1).abs().max()) > 1e-3 for b in found.values())
 
 
-def test_embeddings_are_looked_at_during_training(folder):
-    shards = str(folder / "pairs" / "validation")
-    launch(recipe(folder, "convirt", "watched", data__validation=[shards], training__evaluate_every=2))
-    evaluated = [row for row in metrics(folder, "watched") if "eval_loss" in row]
-    assert [row["step"] for row in evaluated] == [2, 4, 6]
-    assert {"eval_rankme_image", "eval_modality_gap", "eval_image_to_text_recall_at_1"} <= evaluated[0].keys()
-    assert json.dumps(evaluated)
+@pytest.mark.parametrize(("case", "pairs"), [("convirt", True), ("medclip", False)])
+def test_embeddings_are_looked_at_during_training(folder, case, pairs):
+    name, shards = f"watched-{case}", str(folder / "pairs" / "validation")
+    path = recipe(folder, case, name, data__validation=[shards], training__evaluate_every=2)
+    launch(path, "training.stop_after=2")
+    file = folder / "runs" / name / "metrics.jsonl"
+    *steps, evaluated = metrics(folder, name)
+    assert evaluated["step"] == 2 and {"eval_rankme_image", "eval_rankme_text"} <= evaluated.keys()
+    assert {"eval_uniformity_text", "eval_modality_gap"} <= evaluated.keys()
+    assert pairs == ("eval_alignment" in evaluated) == ("eval_image_to_text_recall_at_1" in evaluated)
+    once = evaluated | {"eval_rankme_text": 1000.0, "eval_loss": 99.0}
+    file.write_text("".join(json.dumps(row) + "\n" for row in (*steps, once)))
+    said = launch(path)
+    assert "warning: embeddings collapse: rankme_text fell from 1000.0 at step 2 to" in said
+    rows = [row for row in metrics(folder, name) if "eval_loss" in row]
+    assert [row["step"] for row in rows] == [2, 4, 6]
+    assert ["warning" in row for row in rows] == [False, True, True] and json.dumps(rows)
 
 
 def test_a_collapse_is_said():

@@ -73,3 +73,26 @@ def test_a_port_in_use_is_told_at_once(folder):
         done = zygote().run(["train", str(make_recipe(folder))], **places)
     assert done.returncode == 2
     assert f"127.0.0.1:{port} is in use by another program; set MASTER_PORT to a free one" in done.stderr
+
+
+@pytest.mark.parametrize("late", [0, 1])
+def test_a_rank_that_never_comes_is_told(folder, late):
+    """Rank 0 holds the store; without it there is nothing to come to."""
+    script = folder / "script.py"
+    script.write_text(
+        "import sys\n"
+        "from datetime import timedelta\n"
+        "from medvlm import cli\n"
+        "from medvlm.training import distributed\n"
+        "distributed.MEET = timedelta(seconds=2)\n"
+        f'sys.argv = ["medvlm", "train", {str(make_recipe(folder))!r}]\n'
+        "cli.main()\n"
+    )
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    places = {"RANK": str(1 - late), "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    done = zygote().run([], script=str(script), **places, MASTER_PORT=port)
+    assert done.returncode == 2 and done.stderr.count("medvlm: error:") == 1 and "Traceback" not in done.stderr
+    said = "not all 2 ranks came within 0:00:02" if late else f"rank 1 cannot meet rank 0 at 127.0.0.1:{port}"
+    assert said in done.stderr

@@ -20,6 +20,7 @@ from medvlm.training import checkpoint
 
 UPDATE = "medvlm.training.loop:update"
 FORWARD = "medvlm.models.vision_language_model:VisionLanguageModel.forward"
+CHANGE = "medvlm.training.lifecycle:change"
 READ = "medvlm.data.shards:ShardReader.load"
 
 
@@ -88,7 +89,14 @@ def test_a_vanished_mount_stops_with_everything_saved(world, tmp_path):
     shutil.copytree(world / "tokenizer", tmp_path / "tokenizer")
     recipe = make_recipe(tmp_path, "mount", training__steps=6, training__checkpoint_every=100)
     hook = f"{READ} 20 1 vanish"  # rank 1 reads four samples a step: in the fifth
-    done = run(recipe, "data.workers=0", hook=hook, DATA=str(tmp_path / "shards"))
+    data = {"DATA": str(tmp_path / "shards")}
+    full = f"{hook},medvlm.training.checkpoint.saving:complete 0 0 no_space,{CHANGE} 2 0 no_space"
+    done = run(recipe, "data.workers=0", hook=full, **data)
+    assert done.returncode == 2 and not steps(recipe)
+    assert re.search(f"error: rank 1: {tmp_path}/shards/toy-00000.*; and then .* could not be written", done.stderr)
+    assert "state.json could not be written: [Errno 28]" in done.stderr and "Traceback" not in done.stderr
+    (tmp_path / "shards-away").rename(tmp_path / "shards")
+    done = run(recipe, "data.workers=0", hook=hook, **data)
     assert done.returncode == 2
     assert done.stderr.count("medvlm: error: rank") == 1 == len(done.stderr.splitlines())
     assert f"{tmp_path}/shards/toy-00000" in done.stderr and "(saved at step 4)" in done.stderr

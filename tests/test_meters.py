@@ -2,6 +2,7 @@
 
 import json
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +16,8 @@ from medvlm.models.trainable import apply_trainable
 from medvlm.training import timers
 from medvlm.training.families.llava import LLAVA
 from medvlm.training.flops import PAIRS, CostRecorder
+from medvlm.training.meters import Meters
+from medvlm.training.trackers import Trackers
 
 
 def test_a_run_measures_itself_on_all_ranks(world):
@@ -115,3 +118,20 @@ def test_starvation_is_said_once_with_the_mend():
     (warning,) = filter(None, said)
     assert warning.startswith("steps 2 to 5 waited for data for") and "data.workers is 0" in warning
     assert not any(timers.Starvation(2, window=4).warning(step, 0.1, 1.0) for step in range(12))
+
+
+def test_a_full_disk_at_the_start_leaves_the_metrics(tmp_path, monkeypatch):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n')
+
+    def full(file, text):
+        with file.open("w"):
+            raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as context:
+        context.setattr(Path, "write_text", full)
+        with pytest.raises(OSError, match="No space"):
+            Meters(tmp_path, 1, 4, None)
+    assert path.read_text().count("step") == 2
+    Meters(tmp_path, 1, 4, Trackers(types.SimpleNamespace(run=types.SimpleNamespace(trackers=[])), 1)).close()
+    assert path.read_text() == '{"step": 1}\n'

@@ -1,6 +1,7 @@
 """What a plan predicts, against what real ranks take, DeepSpeed's own shards and arithmetic."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from conftest import REPO, medvlm, refused_for_memory, two_ranks
 from toy import make_recipe, make_world
 from zygote import zygote
 
+from medvlm.config.load import deepspeed_config_path
 from medvlm.planning import fake
 from medvlm.planning.step_time import Rates, seconds
 
@@ -117,6 +119,29 @@ def test_dry_run_says_what_ranks_read_and_refuses_a_batch_they_cannot_share(toy_
     assert first["keys"] == [key for pack in planned["steps"][0]["ranks"][0] for key in pack][:4]
     assert dry["reads"]["plan"] == planned["plan_hash"] and dry["checkpoints"]["first"] == "step-00000004"
     assert "is not a multiple" in medvlm("train", recipe, "--dry-run", "--ranks", 3, status=2)
+    epoch = ("training.steps=null", "training.epochs=1", "training.checkpoint_every=500")
+    dry = json.loads(medvlm("train", recipe, *epoch, "--dry-run", "--ranks", 2, "--json"))
+    assert dry["checkpoints"]["first"] == f"step-{dry['reads']['steps']:08d}" != "step-00000500"
+
+
+def test_a_dry_run_refuses_damaged_data_and_does_without_absent_ones(toy_world, tmp_path):
+    shutil.copytree(toy_world / "shards", tmp_path / "shards")
+    tar = next((tmp_path / "shards").glob("*.tar"))
+    recipe = make_recipe(toy_world, "cut", data__train=[str(tmp_path / "shards")])
+    tar.write_bytes(tar.read_bytes()[:5000])
+    said = medvlm("train", recipe, "--dry-run", "--ranks", 2, status=2)
+    assert str(tar) in said and "Traceback" not in said
+    shutil.rmtree(tmp_path / "shards")
+    assert "the data are not there" in medvlm("train", recipe, "--dry-run", "--ranks", 2)
+
+
+def test_a_secondary_copy_on_each_node_is_rehearsed_too(toy_world):
+    config = json.loads(deepspeed_config_path("zero3_hpz").read_text())
+    config["zero_optimization"]["zero_hpz_partition_size"] = 2
+    (toy_world / "hpz.json").write_text(json.dumps(config))
+    recipe = make_recipe(toy_world, "hpz", training__zero=str(toy_world / "hpz.json"))
+    dry = json.loads(medvlm("train", recipe, "--dry-run", "--ranks", 2, "--json"))
+    assert dry["bytes_per_rank"]["optimizer"] > 0
 
 
 def test_a_hub_name_out_of_reach_is_one_sentence_with_its_mend():

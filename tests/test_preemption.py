@@ -47,6 +47,10 @@ def test_signals_at_every_point_of_a_run_change_nothing(world):
     assert "before the first step" in output.stderr
     assert state(world, "signalled") == ([], [])
 
+    output = signalled(recipe, "medvlm.training.loop:batches_from 1 1 SIGTERM")
+    assert "interrupted: at step 0, as it began; start again" in output.stdout
+    assert state(world, "signalled") == ([], [])
+
     output = signalled(recipe, f"{FORWARD} 1 1 SIGUSR1")
     assert "checkpoint of step 1 written" in output.stdout
     signalled(recipe, "medvlm.training.checkpoint.saving:Saver._trained 1 0 twice")

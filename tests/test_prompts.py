@@ -2,12 +2,13 @@
 
 import pytest
 
+from medvlm.data.labeler import LABELS
 from medvlm.errors import UserError
 from medvlm.evaluation.prompts import load_prompts, prompt_set_names
 
 
 def test_the_sets_that_come_with_it():
-    assert prompt_set_names() == ["biovil_pneumonia", "chexpert_5x200", "chexzero", "phantom"]
+    assert prompt_set_names() == ["biovil_pneumonia", "chexpert_5x200", "chexpert_8x200", "chexzero", "phantom"]
     chexzero = load_prompts("chexzero")
     assert len(chexzero.labels) == 14
     assert chexzero.prompts("Pleural Effusion") == (["pleural effusion"], ["no pleural effusion"])
@@ -34,6 +35,13 @@ def test_five_classes_of_ten_prompts_drawn_by_a_seed():
         drawn = prompts.prompts(name, 0)
         assert len(set(drawn)) == 10 and drawn == prompts.prompts(name, 0) != prompts.prompts(name, 1)
         assert all(text == text.strip() and "  " not in text for text in drawn)
+
+
+def test_eight_classes_of_five_sentences():
+    prompts = load_prompts("chexpert_8x200")
+    assert len(prompts.classes) == 8 and prompts.images_per_class == 200
+    assert all(len(set(prompts.prompts(name))) == 5 for name in prompts.classes)
+    assert prompts.classes.keys() < set(LABELS), "the labels that a labeler and CheXpert's table give"
 
 
 def test_parts_are_combined(tmp_path):

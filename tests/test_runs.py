@@ -89,6 +89,20 @@ def test_comparison_by_hand_and_its_picture(folder, tmp_path):
     assert "model.learning_rate" in invoke(*arguments)
 
 
+def test_the_joint_space_of_dual_encoders_is_compared_too(folder, tmp_path):
+    dual, other = make_run(tmp_path / "more", "dual", "finished"), folder / "done"
+    path = dual / "metrics.jsonl"
+    seen = [{"step": 41 + n, "eval_loss": 2.0, "eval_rankme_image": 9.0 - n, "eval_modality_gap": 0.5} for n in (0, 1)]
+    path.write_text(path.read_text().rpartition("\n")[0] + "".join(f"\n{json.dumps(line)}" for line in seen) + "\n")
+    arguments = ("runs", "compare", other, dual, "--out", tmp_path / "curves.png")
+    values = json.loads(invoke(*arguments, "--json"))["runs"]
+    assert values[str(dual)]["last RankMe of images"] == 8.0
+    assert not any("RankMe" in name for name in values[str(other)])
+    with Image.open(tmp_path / "curves.png") as image:
+        assert image.size == (1800, 1440), "two panels more, and the legend's, in three rows"
+    assert "modality gap" in invoke(*arguments)
+
+
 def test_mistakes_are_one_sentence(folder, tmp_path):
     assert "no such folder" in invoke("runs", folder / "nothing", status=1)
     assert "at least two" in invoke("runs", "compare", folder / "done", status=1)

@@ -44,7 +44,7 @@ def evaluate(
     text = embedder.texts(texts, context.batch_size, normalized=False)
     random = torch.Generator().manual_seed(context.seed)
     noise = [torch.randn(rows.shape, generator=random) for rows in (image, text)]
-    found, control = measures.diagnose(image, text), measures.diagnose(*noise)
+    found, control = measures.diagnose(image, text), measures.diagnose(noise[0], noise[1])
     cosines = (measures.directions(image) * measures.directions(text)).sum(1).double().numpy()
     owners = [p.group for p in pictures]
     ci = {

@@ -83,13 +83,19 @@ def participation_ratio(embeddings: Tensor) -> float:
     return float(trace.square() / small.square().sum())
 
 
-def diagnose(image: Tensor, text: Tensor) -> dict[str, float]:
+def diagnose(image: Tensor, text: Tensor, paired: bool = True) -> dict[str, float]:
     """All measures of N >= 2 pairs, image and text [N, D]; those of one modality carry its name at the end.
+
+    Of images and texts that are no pairs, whose numbers may differ, all but those of pairs.
 
     Works on 25,600 x 512 (a similarity matrix is never whole). Raises UserError for what is not finite or zero.
     """
-    found = {"n": float(len(image)), "alignment": alignment(image, text), "modality_gap": modality_gap(image, text)}
-    found["mean_pair_cosine"] = float((directions(image) * directions(text)).sum(-1).mean())
+    if paired:
+        found = {"n": float(len(image)), "alignment": alignment(image, text)}
+        found["mean_pair_cosine"] = float((directions(image) * directions(text)).sum(-1).mean())
+    else:
+        found = {"n_image": float(len(image)), "n_text": float(len(text))}
+    found["modality_gap"] = modality_gap(image, text)
     for name, rows in (("image", image), ("text", text)):
         spectrum = _spectrum(rows)  # takes longest, by far
         found |= {

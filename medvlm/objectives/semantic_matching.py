@@ -18,7 +18,7 @@ def semantic_matching(
 
     The target of an image is the softmax of its labels' similarity [b, L] with all texts' [C, L], and the reverse;
     cross-entropies against these are averaged over images, over texts, and over the two. ``similarity`` is ``cosine``,
-    as in the paper, or ``dot``, as in the released code.
+    as in the paper, or ``dot``, as in the released code. Where no rank has an image, or none a text, it is 0.
     """
     if similarity not in ("cosine", "dot"):
         raise ValueError(f"similarity must be 'cosine' or 'dot', not {similarity!r}")
@@ -37,6 +37,6 @@ def semantic_matching(
 
         return sum_over_rows(loss, len(others), mine, labels)
 
-    to_text = one_way(image, image_labels, texts, all_text_labels) / len(images)
-    to_image = one_way(text, text_labels, images, all_image_labels) / len(texts)
+    to_text = one_way(image, image_labels, texts, all_text_labels) / max(1, len(images))
+    to_image = one_way(text, text_labels, images, all_image_labels) / max(1, len(texts))
     return (to_text + to_image) / 2

@@ -26,6 +26,7 @@ def dry_run(config: RunConfig, ranks: int, as_json: bool) -> None:
     training = config.training
     job = make_job(config, parts, "cuda", training.zero, training.micro_batch_size, ranks, quick=True)
     rehearsal = rehearse([job])[0]
+    read = reads(config, parts, ranks, accumulation)
     values = {
         "recipe": config.run.name,
         "ranks": ranks,
@@ -34,8 +35,8 @@ def dry_run(config: RunConfig, ranks: int, as_json: bool) -> None:
         "parts": [asdict(s) for s in rehearsal.summaries],
         "shapes": batches_of(config.model).shapes(job.shape, parts, ranks),
         "bytes_per_rank": {**rehearsal.state, "peak": rehearsal.peak, "host": rehearsal.host},
-        "reads": reads(config, parts, ranks, accumulation),
-        "checkpoints": checkpoints(config),
+        "reads": read,
+        "checkpoints": checkpoints(config, read.get("steps", config.training.steps)),
         "seconds": rehearsal.seconds,
     }
     if as_json:
@@ -64,11 +65,12 @@ def reads(config: RunConfig, parts: Any, ranks: int, accumulation: int) -> dict[
     return {"plan": plan.hash, "steps": total, "samples": len(data.reader), "positions": shown}
 
 
-def checkpoints(config: RunConfig) -> dict[str, Any]:
+def checkpoints(config: RunConfig, steps: int | None) -> dict[str, Any]:
+    """``steps`` of the run, None where they are not known."""
     every = config.training.checkpoint_every
     return {
         "folder": str(config.run.dir / "checkpoints"),
-        "first": f"step-{min(every, config.training.steps or every):08d}",
+        "first": f"step-{min(every, steps or every):08d}",
         "every": every,
         "kept": config.training.keep_checkpoints,
     }

@@ -93,6 +93,7 @@ def rehearse(jobs: Sequence[Job]) -> list[Rehearsal]:
 def rehearse_here(job: Job) -> Rehearsal:
     """In this process, of which nothing else can be made afterwards."""
     from medvlm.training import distributed
+    from medvlm.training.engine import shared_by_inits
     from medvlm.training.families import Pass, family_of
     from medvlm.training.optimizer import make_optimizer
     from medvlm.training.setup import precision, prepare
@@ -103,7 +104,7 @@ def rehearse_here(job: Job) -> Rehearsal:
     config, count, family = job.config, Count(), family_of(job.config.model)
     with fake_tensors(), fused_attention(), count:
         stage = job.ds_config["zero_optimization"]["stage"]
-        with torch.device("cpu") if stage == 3 else device:  # ZeRO-3 moves what it shards
+        with shared_by_inits(), torch.device("cpu") if stage == 3 else device:  # ZeRO-3 moves what it shards
             model = family.build(_without_weights(config), job.parts, precision(config), job.ds_config)
         summaries, groups = prepare(model, config, job.parts)
         optimizer = make_optimizer(groups, config, stage)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -9,6 +10,8 @@ from rich.table import Table
 
 from medvlm.config.schema import RunConfig
 from medvlm.data.loader import MicroBatches
+from medvlm.data.shard_set import expand
+from medvlm.data.storage import StorageError, is_url
 from medvlm.errors import UserError
 from medvlm.planning.plan import GIB, SLACK, Machine, Option, Plan, make_plan
 from medvlm.training.families import family_of
@@ -52,13 +55,18 @@ def known_steps(config: RunConfig, parts: Any) -> int | None:
 
 
 def open_data(config: RunConfig, parts: Any) -> MicroBatches | None:
-    """The recipe's training data, or None where a folder of it is not there."""
+    """The recipe's training data, or None where some of it is not there. Raises UserError where it is damaged."""
     from medvlm.training.feed import training_data
 
+    paths = expand([source.path for source in config.data.sources])
+    if not all(is_url(path) or Path(path).exists() for path in paths):
+        return None
     try:
         return training_data(config, parts)
-    except UserError:
-        return None
+    except StorageError:  # out of reach, as from a machine that is none of the cluster
+        if any(map(is_url, paths)):
+            return None
+        raise
 
 
 def _values(made: Plan, steps: int | None) -> dict[str, Any]:

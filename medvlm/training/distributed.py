@@ -19,6 +19,8 @@ from medvlm.errors import UserError  # noqa: E402
 
 # Of a collective, in the backend. Longer than any limit of `watch`, which is to notice first and knows more.
 TIMEOUT = timedelta(hours=2)
+MEET = timedelta(minutes=10)
+"""For all ranks to start; importing everything from a busy shared drive takes minutes."""
 
 
 def start() -> None:
@@ -42,7 +44,9 @@ def start() -> None:
         if os.environ["WORLD_SIZE"] != "1":
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["WORLD_SIZE"])))
     try:
-        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        backend, store = "nccl" if torch.cuda.is_available() else "gloo", _meet()
+        mine, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        torch.distributed.init_process_group(backend, store=store, timeout=TIMEOUT, rank=mine, world_size=world)
         deepspeed.init_distributed(backend, verbose=False, timeout=TIMEOUT)
     except torch.distributed.DistNetworkError as error:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
@@ -50,6 +54,26 @@ def start() -> None:
             raise UserError(f"port {where} is in use by another program; set MASTER_PORT to a free one") from None
         reason = str(error).splitlines()[0]
         raise UserError(f"rank {os.environ['RANK']} cannot meet rank 0 at {where} ({reason})") from None
+
+
+def _meet() -> Any:
+    """The launcher's store, once all ranks have come to it. Raises UserError naming who has not."""
+    try:
+        store, rank, world = next(torch.distributed.rendezvous("env://", timeout=MEET))
+    except torch.distributed.DistStoreError as error:  # to rank 0, where the store is its own
+        raise UserError(
+            f"not all {os.environ['WORLD_SIZE']} ranks came within {MEET}: {str(error).splitlines()[0]}"
+        ) from None
+    store = torch.distributed.PrefixStore("medvlm", store)
+    store.set(str(rank), "here")
+    try:
+        store.wait([str(n) for n in range(world)], MEET)
+    except torch.distributed.DistStoreError:
+        absent = [n for n in range(world) if not store.check([str(n)])]
+        raise UserError(
+            f"{len(absent)} of {world} ranks did not come within {MEET}, rank {absent[0]} the first of them"
+        ) from None
+    return store
 
 
 def stop() -> None:

@@ -9,7 +9,7 @@ import math
 import os
 import statistics
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -94,12 +94,14 @@ class Guard:
         spans = [(r["reason"], range(r["from"] - 1, r["step"])) for r in self.rows if r["action"] == "rollback"]
         return {step: reason for reason, span in spans for step in span if first <= step < last}
 
-    def judge(self, step: int, loss: float, norm: float) -> Verdict | None:
+    def judge(self, step: int, loss: float, values: Mapping[str, float], norm: float) -> Verdict | None:
+        """``values``: the similarity's learned numbers by name, the cause where they are not finite."""
         for row in self.rows:
             if row["step"] == step + 1 and row["action"] == "skip":
                 return Verdict("skip", row["reason"])
         if not math.isfinite(loss):
-            return Verdict(self.training.non_finite, f"the loss is {loss}")
+            broken = [f", and so is the similarity's {k}" for k, v in values.items() if not math.isfinite(v)]
+            return Verdict(self.training.non_finite, f"the loss is {loss}{''.join(broken)}")
         if not math.isfinite(norm):
             return Verdict(self.training.non_finite, "the gradient norm is not finite, though the loss is")
         spike = self.training.spike

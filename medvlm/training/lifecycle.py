@@ -111,7 +111,10 @@ def _failed(config: RunConfig, error: BaseException, begun: float) -> None:
         return
     state = read(config.run.dir)
     if state.get("state") == "running" and state["since"] >= begun:  # this run, and the first rank that says so
-        change(config, "failed", kind, reason=(str(error) or kind).strip().splitlines()[0], rank=_rank())
+        try:
+            change(config, "failed", kind, reason=(str(error) or kind).strip().splitlines()[0], rank=_rank())
+        except OSError as second:  # what it failed of is to be heard
+            shout(f"{FILE} could not be written: {second}")
     elif _rank() == 0:  # the folder is not this run's yet, perhaps another's
         notify(config, "failed", kind)
 

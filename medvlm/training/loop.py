@@ -82,14 +82,18 @@ def train(config: RunConfig, allow_change: bool = False) -> int:
         saved = session.step > begun
         if saved:
             watch.enter("writing the last checkpoint", session.step)
-            parts.saver.save(session.step)
-            parts.saver.wait()
+            try:
+                parts.saver.save(session.step)
+                parts.saver.wait()
+            except UserError as error:
+                raise UserError(f"{stop}; and then {error}") from None
         if not isinstance(stop, Interrupted):
             raise UserError(f"{stop} (saved at step {session.step})" if saved else str(stop)) from None
         preemption.ignore_signals()
         parts.close(finished=False)
         if parts.meters:
-            print(f"interrupted: checkpoint of step {session.step} written; start again to go on", flush=True)
+            where = f"checkpoint of step {session.step} written" if saved else f"at step {session.step}, as it began"
+            print(f"interrupted: {where}; start again to go on", flush=True)
         return preemption.STATUS
     watch.enter("waiting for the last checkpoint", session.step)
     parts.saver.wait()

@@ -30,7 +30,9 @@ class Meters:
         path = folder / "metrics.jsonl"
         whole = path.read_text().split("\n")[:-1] if path.exists() else []  # a kill may cut the last line short
         kept = [line for line in whole if _step(line) <= start]
-        path.write_text("".join(f"{line}\n" for line in kept))
+        partial = path.with_suffix(".partial")
+        partial.write_text("".join(f"{line}\n" for line in kept))
+        partial.replace(path)
         self.file = path.open("a")
         self.trackers = trackers
         self.total, self.console = total, Console(stderr=False)

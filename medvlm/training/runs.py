@@ -15,6 +15,22 @@ from medvlm.training import lifecycle
 from medvlm.training.trackers import flat
 
 CURVES = ("loss", "eval_loss", "grad_norm", "lr", "tokens_per_second")
+SPACE = ("eval_rankme_image", "eval_rankme_text", "eval_uniformity_image", "eval_uniformity_text", "eval_modality_gap")
+"""Of dual encoders: whether their joint space collapses."""
+
+
+TITLES = {
+    "loss": "training loss",
+    "eval_loss": "evaluation loss",
+    "grad_norm": "gradient norm",
+    "lr": "learning rate (highest of the parts)",
+    "tokens_per_second": "tokens per second",
+    "eval_rankme_image": "RankMe of images",
+    "eval_rankme_text": "RankMe of texts",
+    "eval_uniformity_image": "uniformity of images",
+    "eval_uniformity_text": "uniformity of texts",
+    "eval_modality_gap": "modality gap",
+}
 
 
 @dataclass
@@ -83,21 +99,24 @@ def is_locked(run: Path) -> bool:
 
 
 def curves(run: Path) -> dict[str, list[tuple[int, float]]]:
-    """By name, (step, value); ``lr`` is the highest of the parts. Raises UserError where there are none."""
+    """By name, (step, value), those of SPACE only where the run has them; ``lr`` is the highest of the parts.
+
+    Raises UserError where there are none.
+    """
     path = run / "metrics.jsonl"
     if not path.exists():
         raise UserError(f"{run}: has no metrics.jsonl; is it the folder of a run?")
-    found: dict[str, list[tuple[int, float]]] = {name: [] for name in CURVES}
+    found: dict[str, list[tuple[int, float]]] = {name: [] for name in (*CURVES, *SPACE)}
     with path.open() as file:
         for text in file:
             if not text.endswith("\n"):
                 continue  # being written
             line = json.loads(text)
-            for name in CURVES:
+            for name in found:
                 value = line.get(name)
                 if value is not None:
                     found[name].append((line["step"], max(value.values()) if isinstance(value, dict) else value))
-    return found
+    return {name: points for name, points in found.items() if points or name in CURVES}
 
 
 def summary(run: Path) -> dict[str, Any]:
@@ -115,6 +134,7 @@ def summary(run: Path) -> dict[str, Any]:
         "median gradient norm": statistics.median(values["grad_norm"]) if values["grad_norm"] else None,
         "peak learning rate": max(values["lr"], default=None),
         "median tokens/s": statistics.median(values["tokens_per_second"]) if values["tokens_per_second"] else None,
+        **{f"last {TITLES[name]}": values[name][-1] for name in SPACE if name in values},
     }
 
 

@@ -6,20 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from medvlm.errors import UserError
-from medvlm.training.runs import CURVES, curves
+from medvlm.training.runs import CURVES, SPACE, TITLES, curves
 
-TITLES = {
-    "loss": "training loss per supervised token",
-    "eval_loss": "evaluation loss",
-    "grad_norm": "gradient norm",
-    "lr": "learning rate (highest of the parts)",
-    "tokens_per_second": "tokens per second",
-}
 SMOOTHING = 50  # steps of the moving average, at most; a tenth of a short run
 
 
 def plot(runs: list[Path], out: Path) -> None:
-    """Write a PNG (or what the ending of ``out`` says) with one panel per curve and one colour per run."""
+    """Write a PNG (or what the ending of ``out`` says) with one panel per curve and one colour per run; those of joint
+    spaces are there if a run has one."""
     try:
         import matplotlib
     except ImportError:
@@ -27,11 +21,14 @@ def plot(runs: list[Path], out: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, grid = pyplot.subplots(2, 3, figsize=(15, 8), layout="constrained")
-    axes = dict(zip(CURVES, grid.flat, strict=False))
+    found = [curves(run) for run in runs]
+    names = [*CURVES, *(name for name in SPACE if any(name in one for one in found))]
+    rows = -(-(len(names) + 1) // 3)
+    figure, grid = pyplot.subplots(rows, 3, figsize=(15, 4 * rows), layout="constrained")
+    axes = dict(zip(names, grid.flat, strict=False))
     labels = _labels(runs)
-    for n, run in enumerate(runs):
-        for name, points in curves(run).items():
+    for n, one in enumerate(found):
+        for name, points in one.items():
             _draw(axes[name], name, points, f"C{n}")
     for name, axis in axes.items():
         axis.set(title=TITLES[name], xlabel="step")
@@ -39,8 +36,9 @@ def plot(runs: list[Path], out: Path) -> None:
         if not axis.lines:
             axis.text(0.5, 0.5, "none recorded", ha="center", va="center", transform=axis.transAxes, color="grey")
     axes["grad_norm"].set_yscale("log")
+    for empty in grid.flat[len(names) :]:
+        empty.axis("off")
     legend = grid.flat[-1]
-    legend.axis("off")
     handles = [pyplot.Line2D([], [], color=f"C{n}", linewidth=2) for n in range(len(runs))]
     legend.legend(handles, labels, loc="center", frameon=False, title="runs", fontsize=11)
     try:
@@ -60,7 +58,8 @@ def _draw(axis: Any, name: str, points: list[tuple[int, float]], color: str) -> 
         axis.plot(steps, values, color=color, alpha=0.25, linewidth=0.8)
         axis.plot(steps, moving_average(values, window), color=color, linewidth=1.6)
     else:
-        axis.plot(steps, values, color=color, linewidth=1.6, marker="o" if name == "eval_loss" else None, markersize=4)
+        marker = "o" if name.startswith("eval_") else None
+        axis.plot(steps, values, color=color, linewidth=1.6, marker=marker, markersize=4)
 
 
 def moving_average(values: Sequence[float], window: int) -> list[float]:

@@ -1,5 +1,6 @@
 """From a recipe to everything that a run needs, on every rank: data and their plan, the model, the engine, the step."""
 
+import difflib
 import json
 import os
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
+from pydantic import ValidationError
 from torch import nn
 
 from medvlm.config.changes import check_changes
@@ -29,6 +31,9 @@ from medvlm.training.guard import Gate
 from medvlm.training.optimizer import make_optimizer, parameter_groups, rates
 from medvlm.training.run_lock import lock_run
 from medvlm.training.schedule import Rate
+
+OFF: tuple[Any, ...] = (None, {"enabled": False}, {"enabled": "auto"})
+SECTIONS = ("zero_optimization", "activation_checkpointing", "aio", "communication_data_type")
 
 
 @dataclass
@@ -85,6 +90,13 @@ def start(config: RunConfig, allow_change: bool = False) -> Session:
         checkpoint.clean(config.run.dir)
     distributed.barrier()
     found = checkpoint.to_resume(config.run.dir, config.run.resume)
+    seen = distributed.gather(found.name if found else "none")
+    if len(set(seen)) > 1:
+        other = next(rank for rank, name in enumerate(seen) if name != seen[0])
+        raise UserError(
+            f"{config.run.dir}: its newest checkpoint is {seen[0]} to rank 0 and {seen[other]} to rank {other}; is "
+            "it on a drive that all nodes share? If so, start again once all of them see the same"
+        )
     if found:
         changes = check_changes(checkpoint.read_manifest(found)["config"], config, allow_change)
         if changes and distributed.rank() == 0:
@@ -186,7 +198,10 @@ def precision(config: RunConfig) -> torch.dtype:
 
 
 def deepspeed_config(config: RunConfig, world: int) -> dict[str, Any]:
-    """The chosen ``ds_configs`` file, completed with what the recipe decides. Only concrete numbers, no "auto"."""
+    """The chosen ``ds_configs`` file, completed with what the recipe decides. Only concrete numbers, no "auto".
+
+    Raises UserError where the file says otherwise than the recipe, or what DeepSpeed does not take.
+    """
     training = config.training
     if world % training.sequence_parallel:
         raise UserError(f"training.sequence_parallel: {training.sequence_parallel} does not divide {world} rank(s)")
@@ -196,7 +211,8 @@ def deepspeed_config(config: RunConfig, world: int) -> dict[str, Any]:
         values = json.loads(path.read_text())
     except json.JSONDecodeError as error:
         raise UserError(f"{path}: not valid JSON: {error}") from None
-    if not isinstance(values.get("zero_optimization", {}).get("stage"), int):
+    zero = values.get("zero_optimization") if isinstance(values, dict) else None
+    if not isinstance(zero, dict) or not isinstance(zero.get("stage"), int):
         raise UserError(f"{path}: has no zero_optimization.stage")
     if training.optimizer.name == "muon":
         values["zero_optimization"]["reduce_scatter"] = False  # ZeRO-3's Muon wants whole gradients reduced
@@ -207,8 +223,7 @@ def deepspeed_config(config: RunConfig, world: int) -> dict[str, Any]:
         raise UserError(
             f"{path}: zero_hpz_partition_size: {node} does not divide {world} rank(s); give the number of GPUs per node"
         )
-    return {
-        **values,
+    ours = {
         "train_batch_size": training.micro_batch_size * accumulation * world,
         "train_micro_batch_size_per_gpu": training.micro_batch_size,
         "gradient_accumulation_steps": accumulation,
@@ -217,6 +232,27 @@ def deepspeed_config(config: RunConfig, world: int) -> dict[str, Any]:
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,
     }
+    _refuse_contradictions(path, values, ours)
+    return values | ours
+
+
+def _refuse_contradictions(path: Path, values: dict[str, Any], ours: dict[str, Any]) -> None:
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig  # after `distributed` has chosen the accelerator
+
+    for key, value in values.items():
+        if key in ("optimizer", "scheduler", "fp16", "amp") and value not in OFF:
+            raise UserError(f"{path}: {key}: is not for this file; the recipe's `training` section decides it")
+        if key in ours and key != "steps_per_print" and value not in ("auto", {"enabled": "auto"}, ours[key]):
+            raise UserError(f"{path}: {key}: is {value}, and the recipe makes it {ours[key]}; leave it out of the file")
+        near = difflib.get_close_matches(key, {*ours, *SECTIONS}, 1, 0.8)
+        if near and near[0] != key:
+            raise UserError(f"{path}: {key}: unknown key; did you mean {near[0]!r}?")
+    try:
+        DeepSpeedZeroConfig(**values["zero_optimization"])
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, ("zero_optimization", *first["loc"])))
+        raise UserError(f"{path}: {where}: {first['msg']}") from None
 
 
 def total_steps(config: RunConfig, plan: Plan) -> int:
@@ -246,6 +282,7 @@ def make_saver(session: Session) -> checkpoint.Saver:
         training.keep_checkpoints,
         training.keep_every,
         training.checkpoint_in_background,
+        session.step,
     )
 
 

@@ -5,6 +5,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -135,12 +136,12 @@ def update(
     with phase("optimizer"):
         parts = {part: value for part, value in clip_by_part(session).items() if math.isfinite(value)}
         known_norm = _plain_grad_norm(engine) if session.stage == 0 else None
-        norm, verdict = session.gate.step(lambda norm: guard.judge(step, mean_loss, norm), known_norm)
-    values: dict[str, Any] = {"loss": mean_loss, "grad_norm": norm}
+        judge = partial(guard.judge, step, mean_loss, outcome.values)
+        norm, verdict = session.gate.step(judge, known_norm)
+    values: dict[str, Any] = {"loss": mean_loss, "grad_norm": norm, **outcome.values}
     values = {name: value for name, value in values.items() if math.isfinite(value)}  # JSON has no NaN
     values |= {"grad_norms": parts} if parts else {}
     values |= {"losses": dict(zip(outcome.components, components, strict=True))} if components else {}
-    values |= outcome.values
     values["lr"] = by_part(session.rates, rates)
     if verdict:
         values["spike" if verdict.action == "warn" else "skipped"] = verdict.reason

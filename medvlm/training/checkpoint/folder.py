@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import shutil
+import zlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -78,19 +79,41 @@ def refuse_changed(path: Path) -> None:
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """Raises UserError if it is no checkpoint of this format."""
+    """Raises UserError if it is no checkpoint of this format, or its manifest is not as it was written."""
     try:
-        record = json.loads((path / MANIFEST).read_text())
+        text = (path / MANIFEST).read_bytes()
     except FileNotFoundError:
         raise UserError(f"{path}: is not a complete checkpoint (it has no {MANIFEST})") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path / MANIFEST}: is damaged: {error}") from None
+    record, damage = parse_manifest(text, path)
+    if damage:
+        raise UserError(f"{path}: {damage}")
     if record.get("format") != FORMAT:
         raise UserError(
             f"{path}: was written in checkpoint format {record.get('format', 0)}, and this version of medvlm reads "
             f"{FORMAT}; export it with the version that wrote it"
         )
     return record
+
+
+def parse_manifest(text: bytes, path: Path) -> tuple[dict[str, Any], str]:
+    """Of the checkpoint in ``path``; and what is wrong with it, empty if nothing is. The last entry is the checksum of
+    all before it, which early versions lack."""
+    try:
+        record = json.loads(text)
+    except ValueError as error:  # of JSON, or of UTF-8
+        return {}, f"its {MANIFEST} is damaged ({error})"
+    if not isinstance(record, dict) or (record.get("format") == FORMAT and not isinstance(record.get("files"), dict)):
+        return {}, f"its {MANIFEST} is damaged (it lists no files)"
+    own = record.pop("crc32", None)
+    if own is not None and own != crc_of(record):
+        return {}, f"its {MANIFEST} is damaged (its checksum is {crc_of(record)} instead of {own})"
+    if "step" in record and step_name(record["step"]) != path.name.removesuffix(".partial"):
+        return {}, f"its {MANIFEST} is that of step {record['step']}"
+    return record, ""
+
+
+def crc_of(record: dict[str, Any]) -> str:
+    return f"{zlib.crc32(json.dumps(record).encode()):08x}"
 
 
 def frozen_folder(path: Path, record: dict[str, Any]) -> Path | None:
@@ -102,7 +125,11 @@ def missing(path: Path) -> str:
     """What is absent or of another size in a checkpoint and the frozen weights it refers to; empty if nothing is."""
     if not (path / MANIFEST).exists():
         return f"its {MANIFEST} is missing"
-    record = read_manifest(path)
+    record, damage = parse_manifest((path / MANIFEST).read_bytes(), path)
+    if damage:
+        return damage
+    if record.get("format") != FORMAT:
+        return ""  # `read_manifest` says so
     for name, values in record["files"].items():
         file = path / name
         if not file.exists():
@@ -149,7 +176,7 @@ def full_shape(p: torch.nn.Parameter) -> tuple[int, ...]:
 def complete(partial: Path, record: dict[str, Any]) -> Path:
     """Write the manifest and give a folder its final name. Raises OSError."""
     final = partial.with_suffix("")
-    write_text(partial / MANIFEST, json.dumps(record, indent=1))
+    write_text(partial / MANIFEST, json.dumps({**record, "crc32": crc_of(record)}, indent=1))
     sync_folder(partial)
     os.rename(partial, final)
     sync_folder(final.parent)

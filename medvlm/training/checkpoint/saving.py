@@ -80,12 +80,14 @@ class Saver:
         keep: int,
         every: int | None = None,
         background: bool = True,
+        saved: int | None = None,
     ):
+        """``saved``: the step that the run goes on from, whose checkpoint is there."""
         self.engine, self.run, self.manifest = engine, run, manifest
         self.keep, self.every, self.background = keep, every, background
         self.copies: dict[str, Tensor] = {}
         self.thread: threading.Thread | None = None
-        self.step = 0
+        self.step, self.saved = 0, saved
         self.parts: list[Part] = []
         self.result: tuple[list[dict[str, Any]], str] = ([], "")
 
@@ -97,7 +99,7 @@ class Saver:
     def save(self, step: int) -> None:
         """Take a copy of the state after ``step`` updates and start to write it; waits for an earlier one first."""
         self.wait()
-        if (self.run / "checkpoints" / step_name(step)).exists():
+        if step == self.saved:  # not by a look at the folder: on a network drive ranks may see it differently
             return
         self.step = step
         self.parts = [*self._frozen(), self._trained(step)]
@@ -133,6 +135,12 @@ class Saver:
                 problem = str(error)
         if problem := distributed.gather(problem)[0]:
             self._give_up(problem)
+        self.saved = self.step
+        if distributed.rank() == 0:
+            try:
+                prune(self.run, self.keep, self.every)
+            except OSError as error:  # of what is old; the new one is whole
+                print(f"warning: an old checkpoint could not be removed: {error}", flush=True)
 
     def _give_up(self, reason: str) -> None:
         final = self.parts[-1].folder.with_suffix("")
@@ -166,7 +174,6 @@ class Saver:
         final = complete(last[0].folder, record)
         if problem := missing(final):
             raise OSError(f"{problem} although it was written")
-        prune(self.run, self.keep, self.every)
 
     def _frozen(self) -> list[Part]:
         """What does not train, if a pretrained folder does not give it, and the run has not stored it yet."""

@@ -169,14 +169,14 @@ class DualEncoderFamily(Family):
                     continue
                 share = loss_share(objective, outs, batches)
                 total, pairs = total + count * distributed.sum_over_ranks([float(share)])[0], pairs + count
-                if seen < DIAGNOSED and objective.kind != "semantic_matching":
+                if seen < DIAGNOSED:
                     _keep(kept, outs, batches)
                     seen += count
         finally:
             engine.train()
         if not pairs:
             raise UserError(f"data.validation: no pairs in {config.data.validation}")
-        return {"eval_loss": total / pairs, **_diagnose(kept)}
+        return {"eval_loss": total / pairs, **_diagnose(kept, paired=objective.kind != "semantic_matching")}
 
     def unit(self, model: nn.Module, part: str, module: nn.Module, rows: Tensor) -> str:
         if part in self.image_parts:
@@ -258,13 +258,13 @@ def _texts(batch: PairBatch) -> Iterator[tuple[Tensor, Tensor]]:
     return zip(batch.input_ids[: batch.texts], batch.attention_mask[: batch.texts], strict=True)
 
 
-def _diagnose(kept: dict[str, list[Tensor]]) -> dict[str, float]:
-    if not kept["image"]:
-        return {}
+def _diagnose(kept: dict[str, list[Tensor]], paired: bool) -> dict[str, float]:
     image, text, ids = (torch.cat(kept[name])[:DIAGNOSED] for name in ("image", "text", "ids"))
-    if len(image) < 2 or not (image.isfinite().all() and text.isfinite().all()):
+    if min(len(image), len(text)) < 2 or not (image.isfinite().all() and text.isfinite().all()):
         return {}
-    found = {f"eval_{k}": v for k, v in embedding_space.diagnose(image, text).items()}
+    found = {f"eval_{k}": v for k, v in embedding_space.diagnose(image, text, paired).items()}
+    if not paired:
+        return found
     similarity = embedding_space.directions(image) @ embedding_space.directions(text).T
     known = [k for k in (1, 5, 10) if k <= len(image)]
     scores = retrieval.retrieval_metrics(similarity, ids.tolist(), ids.tolist(), known)
