@@ -21,9 +21,18 @@ def test_segments_of_a_padding_free_row_do_not_see_each_other(tmp_path):
     positions, ones = torch.tensor([[*range(7), *range(9)]]), torch.ones(1, 16).long()
     packed = model.hidden_states(torch.cat([first, second], 1), none, position_ids=positions)
     assert torch.allclose(packed[:, 7:], model.hidden_states(second, none), atol=1e-5)
-    model.language_model.get_decoder()._forward_pre_hooks.clear()  # the guard that refuses what follows
-    embeds = model.language_model.get_input_embeddings()(torch.cat([first, second], 1))
-    leaking = model.language_model.get_decoder()(inputs_embeds=embeds, position_ids=positions, attention_mask=ones)
+    decoder = model.language_model.get_decoder()
+    given = {"inputs_embeds": model.language_model.get_input_embeddings()(torch.cat([first, second], 1))}
+    given["position_ids"] = positions
+    for leak in ({"attention_mask": ones}, {"use_cache": True}, {}):  # use_cache is true unless told
+        with pytest.raises(ValueError, match="its samples would see each other"):
+            decoder(**given, **leak)
+    padded = torch.tensor([[0] * 7 + [1] * 9])  # positions as `generate` makes them on the left of a text
+    given["position_ids"] = (padded.cumsum(-1) - 1).masked_fill(padded == 0, 1)
+    decoder(**given, attention_mask=padded)
+    given["position_ids"] = positions
+    decoder._forward_pre_hooks.clear()
+    leaking = decoder(**given, attention_mask=ones)
     assert (leaking.last_hidden_state[:, 7:] - packed[:, 7:]).abs().max() > 1e-3, "the comparison must be able to fail"
 
 

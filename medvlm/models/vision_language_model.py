@@ -192,9 +192,19 @@ class VisionLanguageModel(nn.Module):
 
 def _refuse_leaks(decoder: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
     """With segments, ``transformers`` separates them only if it gets neither a mask nor a cache. Raises ValueError."""
-    if kwargs.get("cu_seq_lens_q") is None:
+    if kwargs.get("cu_seq_lens_q") is None and not _restarts(kwargs.get("position_ids"), kwargs.get("attention_mask")):
         return
     if kwargs.get("attention_mask") is not None or kwargs.get("past_key_values") is not None:
         raise ValueError("a row of segments takes no attention mask and no cache: its samples would see each other")
     if kwargs.get("use_cache") is not False:
         raise ValueError("a row of segments needs use_cache=False: with a cache its samples would see each other")
+
+
+def _restarts(positions: Tensor | None, mask: Tensor | None) -> bool:
+    """Whether positions [B, T] begin anew within a row, and not after its padding, which ``mask`` [B, T] tells."""
+    if positions is None or positions.dim() != 2 or positions.shape[1] < 2:
+        return False
+    anew = positions[:, 1:] == 0
+    if mask is not None and mask.shape == positions.shape:
+        anew = anew & mask[:, :-1].bool()
+    return bool(anew.any())
