@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from conftest import launch, medvlm
+from conftest import REPO, launch, medvlm
 from dual_toy import BERT, CLIP_TEXT, RESNET, SIGLIP_TEXT, SWIN, VIT, dual_config
 from dual_world import make_pairs, pairs_recipe
 from safetensors.torch import load_file
@@ -147,6 +147,22 @@ def test_the_model_cards_example_runs(tmp_path, monkeypatch):
             type(values["model"]).__name__
             == type(AutoModel.from_pretrained(folder / "hf", trust_remote_code=True)).__name__
         )
+
+
+def test_the_documented_example_runs(tmp_path, monkeypatch):
+    from PIL import Image
+
+    exported(tmp_path, "convirt")
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "hf").rename(tmp_path / "runs" / "convirt-model")
+    Image.new("L", (50, 40), 90).save(tmp_path / "radiograph.png")
+    monkeypatch.chdir(tmp_path)
+    page = (REPO / "docs" / "export.md").read_text()
+    blocks = [block.split("```")[0] for block in page.split("```python\n")[1:]]
+    [example] = [block for block in blocks if "convirt-model" in block]
+    values: dict = {}
+    exec(example, values)
+    assert float(values["chances"].sum()) == pytest.approx(1) and len(example.splitlines()) <= 11
 
 
 @pytest.fixture(scope="module")
