@@ -32,7 +32,7 @@ def train(
     print_config: Annotated[bool, typer.Option(help="Print the merged, validated configuration and stop.")] = False,
     profile: Annotated[bool, typer.Option(help="Write a Chrome trace of three steps into the run's folder.")] = False,
     allow_change: Annotated[
-        bool, typer.Option(help="Continue a run although its data, model or optimisation differ from before.")
+        bool, typer.Option(help="Continue a run although its rates, schedule or objective differ from before.")
     ] = False,
     tiny: Annotated[bool, typer.Option(help="Small random backbones and phantom data: a minute on a laptop.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Rehearse a step without GPU, weights or data.")] = False,

@@ -4,6 +4,7 @@ Each case is three steps of a data set that ends in the third: two full global b
 ranks have empty micro-batches. Values of every dimension are dealt evenly, in an order drawn from a fixed seed.
 """
 
+import json
 import random
 from itertools import cycle, islice
 from pathlib import Path
@@ -13,6 +14,7 @@ from cases import run_cases
 from plain import assert_same_run, initialised, metrics, plain_pytorch
 from toy import make_recipe, sample, volume_sample
 
+from medvlm.config.load import deepspeed_config_path
 from medvlm.data.shards import write_shards
 from medvlm.models.lora import add_adapters
 
@@ -61,6 +63,9 @@ def make_cases(world: Path, ranks: int) -> dict[str, Path]:
     rng = random.Random(ranks)
     dimensions = [MIXES, list(TRAIN), list(CHECKPOINTING), list(LAYOUT), [1, 2], [1, 2]]
     recipes = {}
+    zero = json.loads(deepspeed_config_path("zero3").read_text())
+    zero["zero_optimization"]["stage3_param_persistence_threshold"] = 0  # small ones would stay whole, never gathered
+    (world / "gathered.json").write_text(json.dumps(zero))
     for n, (mix, train, recompute, layout, micro, accumulation) in enumerate(
         zip(*[dealt(rng, values) for values in dimensions], strict=True)
     ):
@@ -77,6 +82,7 @@ def make_cases(world: Path, ranks: int) -> dict[str, Path]:
             data__volume_slices=2,
             data__volume_window=[128, 256],
             data__cache_dir=str(world / "cache"),
+            training__zero=str(world / "gathered.json"),
             training__steps=3,
             training__global_batch_size=batch,
             training__micro_batch_size=micro,
