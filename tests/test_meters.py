@@ -34,7 +34,9 @@ def test_a_run_measures_itself_on_all_ranks(world):
         assert all(row["phase_seconds"][name] > 0 for name in ("data", "forward", "backward", "optimizer"))
         assert 0 < row["communication_seconds"] < row["seconds"]
         assert 0 < row["mfu"] == row["hfu"] < 1 and row["peak_source"] == "measured"
-        assert row["memory_gib"] > 0.1 and row["memory_rank"] in (0, 1)
+        of_ranks = row["memory_gib_of_ranks"]
+        assert row["memory_gib"] == max(of_ranks.values()) == of_ranks[str(row["memory_rank"])] > 0.1
+        assert of_ranks.keys() == {"0", "1"}
         assert row["images_per_second"] == pytest.approx(row["images"] / row["seconds"])
         assert row["supervised_tokens_per_second"] == pytest.approx(row["supervised_tokens"] / row["seconds"])
     names = {event.get("name", "") for event in json.loads((folder / "trace.json").read_text())["traceEvents"]}

@@ -79,4 +79,5 @@ class Gauges:
             "peak_source": self.peak.source,
             "memory_gib": memory,
             "memory_rank": max(range(len(ranks)), key=lambda rank: ranks[rank][3]),
+            "memory_gib_of_ranks": {str(rank): values[3] for rank, values in enumerate(ranks[:64])},
         }
