@@ -197,6 +197,7 @@ def generate(
     slices: Annotated[int, typer.Option(help="Of a volume; as data.volume_slices in training.")] = 8,
     window: Annotated[tuple[float, float] | None, typer.Option(help="Centre and width, for a volume.")] = None,
     max_new_tokens: int = 256,
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run code of the folder.")] = False,
 ) -> None:
     """Answer one question about images, with greedy decoding."""
     from medvlm.inference.generate import Generator
@@ -205,7 +206,8 @@ def generate(
     images = [picture for path in image or [] for picture in load_images(path, slices, window)]
     content = [{"type": "image"} for _ in images] + [{"type": "text", "text": prompt}]
     request = (images, [{"role": "user", "content": content}])
-    print(Generator(folder).answers([request], max_new_tokens=max_new_tokens, batch_size=1)[0])
+    generator = Generator(folder, trust_remote_code=trust_remote_code)
+    print(generator.answers([request], max_new_tokens=max_new_tokens, batch_size=1)[0])
 
 
 def several_ranks() -> bool:

@@ -124,7 +124,6 @@ def test_the_command_line_takes_the_options_of_a_task(world, tmp_path, capsys, m
         (("--task", "grounding", "--grid", "4"), "--grid: is for --heat occlusion alone"),
         (("--task", "retrieval", "--k", "0"), "--k: must be positive"),
         (("--task", "zero_shot", "--view", "oblique"), "no image has labels of view oblique"),
-        (("--trust-remote-code",), "--trust-remote-code: task vqa"),
     ):
         code, _, err = run(*more)
         assert code == 2 and message in err, err

@@ -9,6 +9,7 @@ This file is also the program of that process: it reads a JSON line per request 
 """
 
 import contextlib
+import faulthandler
 import functools
 import json
 import os
@@ -24,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 REPO = Path(__file__).parent.parent
+TIMED_OUT = 124  # as of timeout(1)
 
 
 @dataclass
@@ -37,6 +39,8 @@ class Zygote:
     def __init__(self) -> None:
         # a process that has asked CUDA for its devices cannot fork others that use them; NVML can be asked instead
         fork = {"PYTORCH_NVML_BASED_CUDA_CHECK": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO)}
+        # the allocator of pyarrow starts a thread when it is imported, whose locks a fork may find taken
+        fork["JE_ARROW_MALLOC_CONF"] = "background_thread:false"
         environment = {**os.environ, **fork}
         self.process = subprocess.Popen(
             [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
@@ -128,7 +132,7 @@ def _run(request: dict) -> int:
             if code and not failed:
                 failed, grace = code, time.monotonic() + request["grace"]
         elif time.monotonic() > grace:
-            failed = failed or 124
+            failed = failed or TIMED_OUT
             for child in children:
                 os.kill(child, signal.SIGKILL)
             grace = float("inf")
@@ -147,6 +151,7 @@ def _child(request: dict, rank: int, environment: dict[str, str]) -> None:
         file = os.open(Path(request["folder"]) / f"{name}-{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(file, number)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    faulthandler.dump_traceback_later(request["timeout"] * 0.95)  # where it hung, before it is killed
     sys.argv = [request["script"] or "medvlm", *request["arguments"]]
     code = 1
     try:

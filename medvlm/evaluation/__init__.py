@@ -69,12 +69,8 @@ def run(
     if given is None:
         from medvlm.inference.generate import Generator
 
-        if trust_remote_code:
-            raise UserError(
-                f"--trust-remote-code: task {task} takes models of transformers' own code only; leave it out"
-            )
         questions = chosen.load(reader, limit, seed)
-        model = Generator(folder)
+        model = Generator(folder, trust_remote_code=trust_remote_code)
         start = time.monotonic()
         results, predictions = chosen.evaluate(
             model,

@@ -1,9 +1,11 @@
-"""A run's checkpoint -> a stock ``LlavaForConditionalGeneration`` folder, proven by a fresh process.
+"""A run's checkpoint -> a stock ``LlavaForConditionalGeneration`` folder, proven by a fresh process; of a convolutional
+tower, which that class does not take, one that brings `llava_modeling` along.
 
 Settings that make the export exact (single linear projector, towers without CLS) are transformers' own fields.
 """
 
 import io
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -21,12 +23,16 @@ from medvlm.data.conversation import ConversationEncoder
 from medvlm.data.images import ImageTransform
 from medvlm.data.schema import make_message
 from medvlm.errors import UserError
+from medvlm.export import llava_modeling as modeling
 from medvlm.export.model_card import model_card
 from medvlm.export.writing import TOLERANCE, fresh_process, open_run, write_weights
+from medvlm.models.backbones import CONVOLUTIONAL
 from medvlm.models.build import Components, build_components, build_plain_model
 from medvlm.models.lora import add_adapters
 from medvlm.models.vision_language_model import VisionLanguageModel
 from medvlm.training import checkpoint
+from medvlm.training.checkpoint.fragments import persistent_buffers
+from medvlm.training.checkpoint.pieces import Pieces
 
 QUESTION = "Is there a pleural effusion?"
 
@@ -44,21 +50,23 @@ def export_run(run: Path, out: Path, tag: str | None = None, ema: bool = False, 
     model = trained_model(config, parts, weights) if prove or weights.absent else None
     expected = answers(model, parts) if prove and model else None
     values = checkpoint.StockWeights(weights, merge=True, built=model if weights.absent else None)
+    buffers = stored_buffers(parts, source)
     del model
 
     staging = checkpoint.new_folder(out)
     bf16 = checkpoint.read_manifest(source)["bf16"]
-    write_llava(staging, values, parts, config, torch.float32 if prove or not bf16 else torch.bfloat16)
+    dtype = torch.float32 if prove or not bf16 else torch.bfloat16
+    kind = write_llava(staging, values, parts, config, dtype, buffers)
     proof = None
     if expected:
         proof = {**compare(expected, staging), "stored": "bf16" if bf16 else "fp32"}
         if bf16:  # proven in fp32, published in the type it was trained in
             for path in staging.glob("model*"):
                 path.unlink()
-            write_llava(staging, values, parts, config, torch.bfloat16)
-    (staging / "README.md").write_text(model_card(config, source.name, proof))
+            write_llava(staging, values, parts, config, torch.bfloat16, buffers)
+    (staging / "README.md").write_text(model_card(config, source.name, kind, proof))
     checkpoint.finish_folder(staging, out)
-    return {"path": str(out), "checkpoint": str(source), **(proof or {"proof": "left out"})}
+    return {"path": str(out), "checkpoint": str(source), "class": kind, **(proof or {"proof": "left out"})}
 
 
 def trained_model(config: RunConfig, parts: Components, weights: checkpoint.Weights) -> VisionLanguageModel:
@@ -69,10 +77,19 @@ def trained_model(config: RunConfig, parts: Components, weights: checkpoint.Weig
     return model.eval()
 
 
-def llava_config(parts: Components, config: RunConfig) -> LlavaConfig:
+def stored_buffers(parts: Components, source: Path) -> dict[str, Tensor]:
+    """What a checkpoint holds beside its parameters, by our names: the tower's running statistics."""
+    with torch.device("meta"):
+        shapes = persistent_buffers(transformers.AutoModel.from_config(parts.vision_config))
+    pieces = Pieces(source)
+    names = {f"vision_tower.{name}": value.shape for name, value in shapes.items()}
+    return {name: pieces.whole("buffer", name).view(shape) for name, shape in names.items()}
+
+
+def llava_config(parts: Components, config: RunConfig, cls: type[LlavaConfig] = LlavaConfig) -> LlavaConfig:
     tower = config.llava.vision_tower
     linear = config.llava.multi_modal_projector.kind == "linear"
-    return LlavaConfig(
+    return cls(
         vision_config=parts.vision_config,
         text_config=parts.text_config,
         image_token_index=parts.image_token_id,
@@ -86,25 +103,41 @@ def llava_config(parts: Components, config: RunConfig) -> LlavaConfig:
 
 
 def write_llava(
-    folder: Path, values: Mapping[str, Tensor], parts: Components, config: RunConfig, dtype: torch.dtype = torch.float32
-) -> None:
-    """A folder of transformers' own class with ``values``, which are ours by name; each is asked for once, when it is
-    written, so a mapping that reads them from elsewhere needs memory for one at a time.
+    folder: Path,
+    values: Mapping[str, Tensor],
+    parts: Components,
+    config: RunConfig,
+    dtype: torch.dtype = torch.float32,
+    buffers: Mapping[str, Tensor] | None = None,
+) -> str:
+    """A folder of transformers' own class, or of one with its code, whose name is returned. Weights are ``values``,
+    and ``buffers`` those of the tower, both ours by name; each is asked for once, when it is written, so a mapping that
+    reads them from elsewhere needs memory for one at a time.
 
     Raises UserError if they are not exactly the weights of that class.
     """
+    own = parts.vision_config.model_type == CONVOLUTIONAL
     with torch.device("meta"):
-        target = LlavaForConditionalGeneration(llava_config(parts, config))
+        if own:
+            target: Any = modeling.ConvolutionalLlava(llava_config(parts, config, modeling.ConvolutionalLlavaConfig))
+            target.config.auto_map = {
+                "AutoConfig": "llava_modeling.ConvolutionalLlavaConfig",
+                "AutoModelForImageTextToText": "llava_modeling.ConvolutionalLlava",
+            }
+        else:
+            target = LlavaForConditionalGeneration(llava_config(parts, config))
     target.to(dtype)  # type: ignore[arg-type]
     target.generation_config = GenerationConfig(
         eos_token_id=_stop_tokens(parts), pad_token_id=parts.tokenizer.pad_token_id, do_sample=False
     )
     target.save_pretrained(folder, state_dict={})
+    if own:
+        shutil.copy(modeling.__file__, folder)
     parts.processor.save_pretrained(folder)
     identity = dict(values_of_identity(config, parts))
-    ours = {stock_name(name): name for name in [*values, *identity]}
-    sources = {theirs: (identity if name in identity else values, name) for theirs, name in ours.items()}
+    sources = {stock_name(name): (held, name) for held in (values, buffers or {}, identity) for name in held}
     write_weights(folder, target, sources, dtype)
+    return type(target).__name__
 
 
 def values_of_identity(config: RunConfig, parts: Components) -> Iterator[tuple[str, Tensor]]:

@@ -6,8 +6,11 @@ from medvlm.config.model import Backbone
 from medvlm.config.schema import RunConfig
 
 
-def model_card(config: RunConfig, checkpoint: str, proof: dict[str, Any] | None) -> str:
+def model_card(config: RunConfig, checkpoint: str, kind: str, proof: dict[str, Any] | None) -> str:
     model = config.llava
+    own = kind != "LlavaForConditionalGeneration"
+    trust = ", trust_remote_code=True" if own else ""
+    code = "`LlavaForConditionalGeneration` with the code in this folder" if own else f"`{kind}`"
     tower, language = origin(model.vision_tower), origin(model.language_model)
     data = "\n".join(f"- `{source.path}`" for source in config.data.sources)
     return f"""---
@@ -19,7 +22,7 @@ tags: [medical, radiology, llava, medvlm]
 
 {config.description}
 
-A `LlavaForConditionalGeneration` trained with medvlm, checkpoint `{checkpoint}`.
+A {code}, trained with medvlm, checkpoint `{checkpoint}`.
 
 | part | origin | training |
 |---|---|---|
@@ -34,8 +37,8 @@ Trained on:
 ```python
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-model = AutoModelForImageTextToText.from_pretrained(".")
-processor = AutoProcessor.from_pretrained(".")
+model = AutoModelForImageTextToText.from_pretrained("."{trust})
+processor = AutoProcessor.from_pretrained("."{trust})
 ```
 
 {_checked(proof)}

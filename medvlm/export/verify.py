@@ -14,11 +14,15 @@ def main(folder: str, work: Path, question: str, adapter: str | None = None) -> 
     from PIL import Image
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    loaded: Any = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    own = "auto_map" in json.loads((Path(folder) / "config.json").read_text())
+    options: dict[str, Any] = {"trust_remote_code": True} if own else {}
+    loaded: Any = AutoModelForImageTextToText.from_pretrained(
+        folder, dtype=torch.float32, output_loading_info=True, **options
+    )
     model, info = loaded
     if info["missing_keys"] or info["unexpected_keys"]:
         sys.exit(f"missing {sorted(info['missing_keys'])}, unexpected {sorted(info['unexpected_keys'])}")
-    processor = AutoProcessor.from_pretrained(adapter or folder)
+    processor = AutoProcessor.from_pretrained(adapter or folder, **options)
     if adapter:
         from peft import PeftModel
 

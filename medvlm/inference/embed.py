@@ -13,11 +13,10 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 from torch.nn.functional import normalize
-from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, PretrainedConfig
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
 from medvlm.errors import UserError
-from medvlm.inference.generate import check_folder, refuse_absent
+from medvlm.inference.generate import check_folder, refuse_absent, refuse_own_code
 from medvlm.models.poolings import LAST_NORM, class_token_by_patch
 
 NO_LENGTH = 1 << 20  # a tokenizer that knows no length says 1e30
@@ -61,14 +60,13 @@ class Embedder:
 
     def _load(self, trust: bool) -> Any:
         try:
-            values, _ = PretrainedConfig.get_config_dict(self.name)
-            own = "AutoModel" in values.get("auto_map", {}) and values.get("model_type") not in CONFIG_MAPPING
-            if own and not trust:
-                raise UserError(f"{self.name}: runs code of its own; if you trust it, add --trust-remote-code")
+            refuse_own_code(self.name, "AutoModel", trust)
             options = {"trust_remote_code": trust}
             self.tokenizer: Any = AutoTokenizer.from_pretrained(self.name, **options)
             self.image_processor: Any = AutoImageProcessor.from_pretrained(self.name, **options)
             loaded: Any = AutoModel.from_pretrained(self.name, dtype=self.dtype, output_loading_info=True, **options)
+        except UserError:  # which is a ValueError
+            raise
         except FAILURES as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise UserError(f"{self.name}: does not load as a dual encoder ({reason})") from error

@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 from rich.console import Console
 from rich.progress import Progress
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor, PretrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from medvlm.errors import UserError
 
@@ -22,22 +23,34 @@ WEIGHTS = ("*.safetensors", "*.bin")
 
 
 class Generator:
-    """A model and its processor, loaded without remote code.
+    """A model and its processor.
 
-    ``folder`` is a local folder or a hub name. On a GPU in bfloat16, else on the CPU in float32, unless told.
+    ``folder`` is a local folder or a hub name. On a GPU in bfloat16, else on the CPU in float32, unless told. Code that
+    comes with a folder (``auto_map``) runs only with ``trust_remote_code``.
     Raises UserError if the folder is incomplete, is not such a model, or lacks a weight.
     """
 
-    def __init__(self, folder: str | Path, device: str | None = None, dtype: torch.dtype | None = None):
+    def __init__(
+        self,
+        folder: str | Path,
+        device: str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        trust_remote_code: bool = False,
+    ):
         self.name = str(folder)
         check_folder(self.name)
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.dtype = dtype or (torch.bfloat16 if self.device.type == "cuda" else torch.float32)
         try:
-            self.processor = AutoProcessor.from_pretrained(self.name, trust_remote_code=False)
+            refuse_own_code(self.name, "AutoModelForImageTextToText", trust_remote_code)
+            options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+            self.processor = AutoProcessor.from_pretrained(self.name, **options)
             loaded: Any = AutoModelForImageTextToText.from_pretrained(
-                self.name, dtype=self.dtype, trust_remote_code=False, output_loading_info=True
+                self.name, dtype=self.dtype, output_loading_info=True, **options
             )
+        except UserError:  # which is a ValueError
+            raise
         except (OSError, ValueError, KeyError, ImportError) as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise UserError(f"{self.name}: does not load as an image-text-to-text model ({reason})") from error
@@ -125,6 +138,14 @@ def _batches(prompts: list[str], n_images: list[int], batch_size: int) -> Iterat
             end += 1
         yield order[start:end]
         start = end
+
+
+def refuse_own_code(name: str, auto: str, trust: bool) -> None:
+    """Raise UserError for a folder whose ``auto`` class is code of its own, not transformers', unless it is trusted."""
+    values, _ = PretrainedConfig.get_config_dict(name)
+    own = auto in values.get("auto_map", {}) and values.get("model_type") not in CONFIG_MAPPING
+    if own and not trust:
+        raise UserError(f"{name}: runs code of its own; if you trust it, add --trust-remote-code")
 
 
 def refuse_absent(name: str, info: dict[str, Any]) -> None:

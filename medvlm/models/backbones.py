@@ -1,11 +1,15 @@
 """Hugging Face models as parts: from a hub name, a folder or a configuration, whole or born sharded under ZeRO-3."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import transformers
+from torch import nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, SiglipTextConfig, SiglipTextModel
+from transformers.integrations import deepspeed as integration
 from transformers.utils import is_torchvision_available
 
 from medvlm.config.model import Backbone
@@ -18,6 +22,9 @@ IMAGE_PROCESSORS = {
     "dinov2": "BitImageProcessor",
     "swin": "ViTImageProcessor",
 }
+CONVOLUTIONAL = "resnet"
+WHOLE_IMAGE_BELOW = 384  # ConvNextImageProcessor crops smaller images out of larger ones
+IMAGE_SIZE = 224  # of a convolutional tower from scratch, which takes any
 AutoModel.register(SiglipTextConfig, SiglipTextModel, exist_ok=True)  # transformers lists only its vision tower
 TOWER = "vision_tower"
 """Folder of an exported dual encoder in which its image tower lies as a model of its own."""
@@ -55,12 +62,31 @@ def backbone_config(part: Backbone, field: str, half: str) -> Any:
     return getattr(config, half, config)
 
 
+def feature_width(vision: Any) -> int:
+    """Of an image tower's last layer."""
+    return vision.hidden_sizes[-1] if vision.model_type == CONVOLUTIONAL else vision.hidden_size
+
+
 def load_tower(part: Backbone, config: Any, dtype: torch.dtype, field: str, **options: Any) -> Any:
-    """A model without output layers, such as half of a CLIP or SigLIP. Raises UserError where a weight is absent."""
+    """A model without output layers, such as half of a CLIP or SigLIP. Running statistics of batches are in fp32 as its
+    folder has them, whatever ``dtype``. Raises UserError where a weight is absent."""
     if part.path is None:
         return AutoModel.from_config(config, dtype=dtype, **options)
     path = tower_path(part.path) if field == f"model.{TOWER}" else part.path
-    return load_whole(transformers.MODEL_MAPPING[type(config)], path, f"{field}.path", dtype, config=config, **options)
+    cls = transformers.MODEL_MAPPING[type(config)]
+    model = load_whole(cls, path, f"{field}.path", dtype, config=config, **options)
+    if dtype != torch.float32 and any(_statistics(model)):
+        with mock.patch.object(integration, "_hf_deepspeed_config_weak_ref", None):  # nor made by ZeRO-3
+            exact = load_whole(cls, path, f"{field}.path", torch.float32, config=config, **options)
+        for (norm, name), (same, _) in zip(_statistics(model), _statistics(exact), strict=True):
+            setattr(norm, name, getattr(same, name))
+    return model
+
+
+def _statistics(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+    """Running means and variances: their layers and names there."""
+    for module in model.modules():
+        yield from ((module, name) for name in ("running_mean", "running_var") if name in module._buffers)
 
 
 def load_whole(auto: Any, path: str, field: str, dtype: torch.dtype, **options: Any) -> Any:
@@ -91,14 +117,27 @@ def stock_processor(name: str) -> Any:
 
 
 def image_processor_of(part: Backbone, vision: Any) -> Any:
-    """The tower's own, or else its family's at the size that its configuration says."""
-    if own := own_image_processor(part):
-        return own
+    """The tower's own, or else its family's at the size that its configuration says; a ConvNeXT processor, ResNet's, in
+    the terms of one that says how it resizes and crops."""
+    own = own_image_processor(part)
+    if own is None and vision.model_type == CONVOLUTIONAL:
+        own = stock_processor("ConvNextImageProcessor")(size={"shortest_edge": IMAGE_SIZE})
+    if own is not None:
+        return _as_crop(own) if type(own).__name__.startswith("ConvNextImageProcessor") else own
     cls = stock_processor(IMAGE_PROCESSORS[vision.model_type])
     side = {"height": vision.image_size, "width": vision.image_size}
     if vision.model_type in ("siglip_vision_model", "vit", "swin"):
         return cls(size=side)
     return cls(size={"shortest_edge": vision.image_size}, crop_size=side)
+
+
+def _as_crop(processor: Any) -> Any:
+    size = processor.size["shortest_edge"]
+    common = {"image_mean": processor.image_mean, "image_std": processor.image_std, "resample": processor.resample}
+    if size >= WHOLE_IMAGE_BELOW:
+        return stock_processor("ViTImageProcessor")(size={"height": size, "width": size}, **common)
+    cropping = {"size": {"shortest_edge": int(size / processor.crop_pct)}, "crop_size": size}
+    return stock_processor("CLIPImageProcessor")(**cropping, **common)
 
 
 def square_size(image_processor: Any) -> int:

@@ -11,15 +11,18 @@ from torch import Tensor, nn
 class BatchNorm2d(nn.BatchNorm2d):
     """In training, statistics are those of all ranks' rows, whose numbers may differ; every rank calls it.
 
-    A frozen layer, whose weight takes no gradient, uses its running statistics and keeps them. These change only where
+    A frozen layer, whose weight takes no gradient, and one that is ``fixed`` use their running statistics and keep
+    them. These change only where
     gradients are enabled, so that a pass without them (gradient caching runs one first) leaves no trace; all ranks
     compute the same. They stay in fp32 whatever the type of the weights: in bf16 small updates would be lost.
     """
 
+    fixed = False
+
     def forward(self, x: Tensor) -> Tensor:
         """[I, C, h, w] -> [I, C, h, w], computed in fp32."""
         assert self.running_mean is not None and self.running_var is not None and self.momentum is not None
-        if not (self.training and self.weight.requires_grad):
+        if self.fixed or not (self.training and self.weight.requires_grad):
             mean, variance = self.running_mean, self.running_var
         else:
             mean, variance, count = global_statistics(x)
@@ -43,12 +46,13 @@ class BatchNorm2d(nn.BatchNorm2d):
         return self
 
 
-def convert_batch_norm(model: nn.Module) -> None:
-    """In place: names and values stay."""
+def convert_batch_norm(model: nn.Module, *, fixed: bool = False) -> None:
+    """In place: names and values stay. ``fixed``: in training, too, layers use their running statistics."""
     for module in model.modules():
         if type(module) is nn.BatchNorm2d:
             assert module.running_mean is not None and module.running_var is not None
             module.__class__ = BatchNorm2d
+            module.fixed = fixed  # type: ignore[assignment]
             module.running_mean, module.running_var = module.running_mean.float(), module.running_var.float()
 
 

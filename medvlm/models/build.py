@@ -1,5 +1,6 @@
 """Builds the model and its processor from a recipe: pretrained or from scratch, whole or sharded under ZeRO-3."""
 
+import math
 from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
@@ -10,12 +11,13 @@ import transformers
 from tokenizers import AddedToken
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, LlavaProcessor
 
-from medvlm.config.model import Backbone, LanguageModel, Llava
+from medvlm.config.model import LanguageModel, Llava, VisionTower
 from medvlm.data.conversation import multimodal_template
 from medvlm.data.schema import IMAGE_MARK
 from medvlm.errors import UserError
 from medvlm.models.backbones import (
     backbone_config,
+    feature_width,
     from_scratch,
     image_processor_of,
     load,
@@ -24,6 +26,8 @@ from medvlm.models.backbones import (
     square_size,
     zero3_switch,
 )
+from medvlm.models.batch_norm import convert_batch_norm
+from medvlm.models.born import Born
 from medvlm.models.kernels import (
     Machine,
     apply_liger,
@@ -33,9 +37,9 @@ from medvlm.models.kernels import (
     liger_loss,
 )
 from medvlm.models.multi_modal_projector import PROJECTORS
-from medvlm.models.vision_language_model import VisionLanguageModel, select_features
+from medvlm.models.poolings import CLASS_TOKENS
+from medvlm.models.vision_language_model import VisionLanguageModel, layer_features
 
-VISION_TOWERS = ("clip_vision_model", "siglip_vision_model", "vit", "dinov2")
 VOCABULARY_MULTIPLE = 64
 
 
@@ -49,6 +53,9 @@ class Components:
     image_tokens: int
     vision_dim: int
     image_size: int
+    vision_parameters: int
+    image_numbers: int
+    """Elements of all that the operations of the tower's forward pass make of one image."""
     unused: dict[str, set[str]]
     """By part: the parameters that nothing the model gives depends on."""
     vocabulary_grown: bool
@@ -85,10 +92,12 @@ def build_components(config: Llava) -> Components:
         text.vocab_size = -(-len(tokenizer) // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
     image_processor = image_processor_of(config.vision_tower, vision)
     size = square_size(image_processor)
-    tokens, dim, unused = _probe_vision(vision, size, config)
-    patch = vision.patch_size
-    grid = (size // patch) ** 2
+    probe = _probe_vision(vision, size, config.vision_tower)
+    tokens = probe.features.shape[1]
     dropped = 1 if config.vision_tower.select_strategy == "default" else 0
+    # The processor counts tokens by the side of a patch. Of a tower in stages that is not the configuration's.
+    patch = size // math.isqrt(tokens + dropped - CLASS_TOKENS[vision.model_type])
+    grid = (size // patch) ** 2
     processor = LlavaProcessor(
         image_processor=image_processor,
         tokenizer=tokenizer,
@@ -98,7 +107,18 @@ def build_components(config: Llava) -> Components:
         image_token=IMAGE_MARK,
         chat_template=_with_bos(tokenizer, multimodal_template(tokenizer.chat_template)),
     )
-    return Components(processor, vision, text, tokens, dim, size, {"vision_tower": unused}, grown)
+    return Components(
+        processor,
+        vision,
+        text,
+        image_tokens=tokens,
+        vision_dim=probe.features.shape[2],
+        image_size=size,
+        vision_parameters=probe.parameters,
+        image_numbers=probe.numbers,
+        unused={"vision_tower": probe.unused},
+        vocabulary_grown=grown,
+    )
 
 
 def build_plain_model(config: Llava, parts: Components, seed: int = 0) -> VisionLanguageModel:
@@ -177,11 +197,16 @@ def _gguf(config: Llava) -> dict[str, str]:
     return {"gguf_file": config.language_model.gguf_file} if config.language_model.gguf_file else {}
 
 
-def _vision_config(part: Backbone) -> Any:
+def _vision_config(part: VisionTower) -> Any:
     field = "model.vision_tower"
     config = backbone_config(part, field, "vision_config")
-    if config.model_type not in VISION_TOWERS:
-        raise UserError(f"{field}: {config.model_type!r} is not supported; known: {', '.join(VISION_TOWERS)}")
+    if config.model_type not in CLASS_TOKENS:
+        raise UserError(f"{field}: {config.model_type!r} is not supported; known: {', '.join(sorted(CLASS_TOKENS))}")
+    if part.select_strategy == "default" and not CLASS_TOKENS[config.model_type]:
+        raise UserError(
+            f"{field}.select_strategy: default drops the first token, which in {config.model_type!r} is a patch and no "
+            "class token; give full"
+        )
     return config
 
 
@@ -192,23 +217,41 @@ def _text_config(config: Llava) -> Any:
     return load(AutoConfig, str(part.path), "model.language_model", **_gguf(config))
 
 
-def _probe_vision(vision: Any, size: int, config: Llava) -> tuple[int, int, set[str]]:
-    """Token count, feature width, and the parameters no feature depends on (later layers, pooling head).
+@dataclass
+class _Probe:
+    features: torch.Tensor
+    """[1, N, D_vision], without values."""
+    unused: set[str]
+    """The parameters no feature depends on: later layers, pooling head."""
+    parameters: int
+    numbers: int
 
-    Found by running the tower forward and backward on the meta device, which costs no memory: parameters that
-    cannot learn are frozen, so that "trainable" means what it says.
+
+def _probe_vision(vision: Any, size: int, part: VisionTower) -> _Probe:
+    """What the tower makes of an image, found by running it forward and backward on the meta device, which costs no
+    memory: parameters that cannot learn are frozen, so that "trainable" means what it says.
+
+    Raises UserError for layers that do not exist, or that transformers' LLaVA cannot take.
     """
+    field, layers = "model.vision_tower.feature_layer", part.feature_layer
     with torch.device("meta"):
         tower = AutoModel.from_config(deepcopy(vision), attn_implementation="eager")  # which it would remember
         pixels = torch.zeros(1, 3, size, size)
+    convert_batch_norm(tower, fixed=True)
     try:
-        features = select_features(
-            tower, pixels, config.vision_tower.feature_layer, config.vision_tower.select_strategy
-        )
+        with Born() as born:
+            found = layer_features(tower, pixels, layers, part.select_strategy)
     except IndexError:
-        raise UserError(
-            f"model.vision_tower.feature_layer: {config.vision_tower.feature_layer} does not exist"
-        ) from None
+        raise UserError(f"{field}: {layers} does not exist") from None
+    width = feature_width(vision)
+    for layer, features in zip([layers] if isinstance(layers, int) else layers, found, strict=True):
+        if features.shape[1:] != (found[-1].shape[1], width):
+            raise UserError(
+                f"{field}: layer {layer} gives {features.shape[1]} tokens of width {features.shape[2]}, where "
+                f"transformers' LLaVA takes the same number of tokens of each layer, of the tower's width {width}; "
+                "give -1"
+            )
+    features = torch.cat(found, dim=-1)
     features.sum().backward()
     unused = {name for name, p in tower.named_parameters() if p.grad is None}
-    return features.shape[1], features.shape[2], unused
+    return _Probe(features.detach(), unused, sum(p.numel() for p in tower.parameters()), born.numbers)

@@ -8,30 +8,26 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 from medvlm.config.model import DualEncoder, ImageEncoder
 from medvlm.config.objective import Objective
 from medvlm.errors import UserError
 from medvlm.models.backbones import (
+    CONVOLUTIONAL,
     backbone_config,
+    feature_width,
     image_processor_of,
     load,
     load_tower,
     load_whole,
-    own_image_processor,
     square_size,
     stock_processor,
     zero3_switch,
 )
+from medvlm.models.born import Born
 from medvlm.models.dual_encoder import DualEncoderModel
 from medvlm.models.poolings import CLASS_TOKENS
-
-CONVOLUTIONAL = "resnet"
-WHOLE_IMAGE_BELOW = 384  # ConvNextImageProcessor crops smaller images out of larger ones
-IMAGE_SIZE = 224  # of a convolutional tower from scratch
 
 
 @dataclass
@@ -86,7 +82,7 @@ def build_components(config: DualEncoder, objective: Objective | None) -> DualCo
     if parts.masked and tokenizer.mask_token_id is None:
         raise UserError("objective.masked_language_modeling: the text tower's tokenizer has no mask token")
     _check_size(parts)
-    for part, dim in (("vision", _vision_dim(vision)), ("text", _text_dim(config, text))):
+    for part, dim in (("vision", feature_width(vision)), ("text", _text_dim(config, text))):
         if getattr(config, f"{part}_head").kind == "none" and dim != config.embedding_dim:
             raise UserError(
                 f"model.{part}_head.kind: none needs model.embedding_dim to be the tower's {dim}, not "
@@ -132,7 +128,7 @@ def _assemble(config: DualEncoder, parts: DualComponents, vision: Any, text: Any
         config,
         vision,
         text,
-        vision_dim=_vision_dim(parts.vision_config),
+        vision_dim=feature_width(parts.vision_config),
         text_dim=_text_dim(config, parts.text_config),
         text_length=parts.text_config.max_position_embeddings if fixed else None,
         pad_token_id=parts.tokenizer.pad_token_id,
@@ -159,10 +155,6 @@ def _without_pooler(config: Any, pooling: str) -> dict[str, Any]:
     cls: Any = transformers.MODEL_MAPPING[type(config)]
     known = "add_pooling_layer" in inspect.signature(cls).parameters
     return {"add_pooling_layer": False} if known and pooling != "pooler" else {}
-
-
-def _vision_dim(vision: Any) -> int:
-    return vision.hidden_sizes[-1] if vision.model_type == CONVOLUTIONAL else vision.hidden_size
 
 
 def _text_dim(config: DualEncoder, text: Any) -> int:
@@ -209,30 +201,14 @@ def _tokenizer(config: DualEncoder, text: Any) -> Any:
 
 
 def _image_processor(part: ImageEncoder, vision: Any) -> Any:
-    """The tower's own; a ConvNeXT processor, ResNet's, in the terms of one that says how it resizes and crops."""
-    if vision.model_type != CONVOLUTIONAL:
-        processor = image_processor_of(part, vision)
-    else:
-        processor = own_image_processor(part) or stock_processor("ConvNextImageProcessor")(
-            size={"shortest_edge": IMAGE_SIZE}
-        )
-    if type(processor).__name__.startswith("ConvNextImageProcessor"):
-        processor = _as_crop(processor)
+    """The tower's own, at the size that the recipe asks for."""
+    processor = image_processor_of(part, vision)
     if part.image_size in (None, square_size(processor)):
         return processor
     if vision.model_type != CONVOLUTIONAL:
         raise UserError("model.vision_tower.image_size: only a convolutional tower takes images of another size")
     common = {"image_mean": processor.image_mean, "image_std": processor.image_std, "resample": processor.resample}
     cropping = {"size": {"shortest_edge": part.image_size}, "crop_size": part.image_size}
-    return stock_processor("CLIPImageProcessor")(**cropping, **common)
-
-
-def _as_crop(processor: Any) -> Any:
-    size = processor.size["shortest_edge"]
-    common = {"image_mean": processor.image_mean, "image_std": processor.image_std, "resample": processor.resample}
-    if size >= WHOLE_IMAGE_BELOW:
-        return stock_processor("ViTImageProcessor")(size={"height": size, "width": size}, **common)
-    cropping = {"size": {"shortest_edge": int(size / processor.crop_pct)}, "crop_size": size}
     return stock_processor("CLIPImageProcessor")(**cropping, **common)
 
 
@@ -285,19 +261,6 @@ def _probe(config: DualEncoder, parts: DualComponents) -> None:
     parts.unused = {
         name: {key for key, p in getattr(model, name).named_parameters() if p.grad is None} for name in config.PARTS
     }
-
-
-class Born(TorchDispatchMode):
-    """Counts the elements of what operations give: what they keep for a backward pass is not more."""
-
-    numbers = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        given, made = ([t for t in tree_leaves(x) if isinstance(t, torch.Tensor)] for x in ((args, kwargs), out))
-        known = {t.untyped_storage()._cdata for t in given}  # what shares their storage is a view
-        self.numbers += sum(t.numel() for t in made if t.untyped_storage()._cdata not in known)
-        return out
 
 
 def _positions(encoder: nn.Module) -> int:

@@ -52,15 +52,14 @@ def layer_depths(names: list[str]) -> dict[str, int]:
 def first_layers(names: list[str], count: int, field: str) -> set[str]:
     """The parameters of the first ``count`` layers and of what comes before them."""
     depths = layer_depths(names)
-    if count > max(depths.values(), default=1) - 1:
-        raise UserError(
-            f"{field}.frozen_layers: {count} is more than the {max(depths.values(), default=1) - 1} there are"
-        )
+    layers = max((depth for name, depth in depths.items() if BLOCK.search(name)), default=0)
+    if count > layers:
+        raise UserError(f"{field}.frozen_layers: {count} is more than the {layers} there are")
     return {name for name, depth in depths.items() if depth <= count}
 
 
 def apply_trainable(model: nn.Module, config: Model, unused: dict[str, set[str]]) -> list[PartSummary]:
-    """Set ``requires_grad`` per part. ``unused`` names, by part, those that no output depends on.
+    """Set ``requires_grad`` per part, and training mode. ``unused`` names, by part, those that no output depends on.
 
     Sizes come from ``ds_numel`` where ZeRO-3 has partitioned a parameter.
     """
@@ -85,6 +84,7 @@ def apply_trainable(model: nn.Module, config: Model, unused: dict[str, set[str]]
         summaries.append(PartSummary(name, part.train, total, trainable, part.learning_rate))
         if isinstance(part, Backbone):
             checkpoint_activations(getattr(model, name), part.gradient_checkpointing, f"model.{name}")
+    model.train()  # pretrained backbones come without dropout, checkpointing and statistics of their batches
     return summaries
 
 

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from medvlm.errors import UserError
 from medvlm.models.attention import VARLEN
+from medvlm.models.batch_norm import convert_batch_norm
 from medvlm.models.sequence_parallel import SequenceParallel
 from medvlm.objectives.language_modeling import (
     linear_cross_entropy_sum,
@@ -18,13 +19,19 @@ MASKED_LAYERS = ("full_attention", "sliding_attention", "chunked_attention")  # 
 
 
 def select_features(tower: nn.Module, pixels: Tensor, layer: int | list[int], strategy: str) -> Tensor:
-    """Hidden states of the chosen layer(s), joined along the features: [I, N, D_vision], as LLaVA does it.
+    """Hidden states of the chosen layer(s), joined along the features: [I, N, D_vision], as LLaVA does it."""
+    return torch.cat(layer_features(tower, pixels, layer, strategy), dim=-1)
 
-    strategy "default" drops the first token of each layer (CLS); "full" keeps all.
+
+def layer_features(tower: nn.Module, pixels: Tensor, layer: int | list[int], strategy: str) -> list[Tensor]:
+    """[I, N, D] of each chosen layer. Of a convolutional tower's map [I, D, h, w] each place is a token, row by row.
+
+    strategy "default" drops the first token (CLS); "full" keeps all.
     """
-    hidden = tower(pixels, output_hidden_states=True).hidden_states
-    layers = [layer] if isinstance(layer, int) else layer
-    return torch.cat([hidden[n][:, 1:] if strategy == "default" else hidden[n] for n in layers], dim=-1)
+    states = tower(pixels, output_hidden_states=True).hidden_states
+    chosen = [states[n] for n in ([layer] if isinstance(layer, int) else layer)]
+    tokens = [hidden.flatten(2).transpose(1, 2) if hidden.dim() == 4 else hidden for hidden in chosen]
+    return [hidden[:, 1:] for hidden in tokens] if strategy == "default" else tokens
 
 
 class OutputHead(nn.Linear):
@@ -65,6 +72,9 @@ class VisionLanguageModel(nn.Module):
         std: list[float],
     ):
         super().__init__()
+        # A micro-batch has few images, on some ranks none but a blank one, of which no statistics are to be made: batch
+        # normalisation keeps the running statistics that the tower comes with, though its weights may train.
+        convert_batch_norm(vision_tower, fixed=True)
         self.vision_tower = vision_tower
         self.multi_modal_projector = projector
         self.language_model: Any = language_model
@@ -76,6 +86,14 @@ class VisionLanguageModel(nn.Module):
         if type(head) is nn.Linear:  # its weights and their names stay
             head.__class__ = OutputHead
         self.language_model.get_decoder().register_forward_pre_hook(_refuse_leaks, with_kwargs=True)
+
+    def train(self, mode: bool = True) -> "VisionLanguageModel":
+        """A frozen tower stays as it is in use: its dropout, or Swin's stochastic depth, would be noise on features
+        that cannot learn from it."""
+        super().train(mode)
+        if not any(p.requires_grad for p in self.vision_tower.parameters()):
+            self.vision_tower.eval()
+        return self
 
     def image_features(self, pixel_values: Tensor) -> Tensor:
         """uint8 [I, 3, S, S], or [I, 1, S, S] of grey images, which normalisation makes three channels -> [I, N, D]."""

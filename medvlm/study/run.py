@@ -176,7 +176,7 @@ def evaluate(
     arguments += [word for path in evaluation.train_data or [] for word in ("--train-data", path)]
     arguments += _flags({"seed": study.seed, "batch_size": evaluation.batch_size, "limit": evaluation.limit})
     arguments += _flags(evaluation.options)
-    if entry.trust_remote_code or (entry.recipe and TASKS[evaluation.task].options):  # of a dual encoder
+    if entry.trust_remote_code or entry.recipe:  # what the study exports runs medvlm's own code
         arguments.append("--trust-remote-code")
     once(place, key, arguments, run, tell)
     return place / "scores"

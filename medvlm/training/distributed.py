@@ -46,7 +46,11 @@ def start() -> None:
     try:
         backend, store = "nccl" if torch.cuda.is_available() else "gloo", _meet()
         mine, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        torch.distributed.init_process_group(backend, store=store, timeout=TIMEOUT, rank=mine, world_size=world)
+        # as DeepSpeed would: NCCL has to know the device before the first collective, but where there is no other rank
+        bound = device() if backend == "nccl" and world > 1 else None
+        torch.distributed.init_process_group(
+            backend, store=store, timeout=TIMEOUT, rank=mine, world_size=world, device_id=bound
+        )
         deepspeed.init_distributed(backend, verbose=False, timeout=TIMEOUT)
     except torch.distributed.DistNetworkError as error:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"

@@ -66,17 +66,14 @@ def longest_row(config: RunConfig, data: MicroBatches) -> tuple[int, int]:
 def bound(config: RunConfig, parts: Components, ds_config: dict[str, Any], world: int, tokens: int, images: int) -> int:
     """Bytes that a step of one rank is not likely to exceed, by half and more in those that were rehearsed."""
     size = 2 if ds_config["bf16"]["enabled"] else 4
-    parameters, activations = 0, 0
-    micro = config.training.micro_batch_size
-    vision = micro * max(1, images) * (parts.image_tokens + 1)
-    for values, count in ((parts.text_config, micro * tokens), (parts.vision_config, vision)):
-        width, layers = values.hidden_size, values.num_hidden_layers
-        inner = getattr(values, "intermediate_size", 4 * width) * getattr(values, "num_local_experts", 1)
-        vocabulary = getattr(values, "vocab_size", 0)
-        parameters += layers * (4 * width * width + 3 * width * inner) + 2 * vocabulary * width
-        plain = 3 * values.num_attention_heads * tokens if config.llava.attention == "eager" else 0
-        activations += count * size * layers * (30 * width + 8 * inner + plain) + count * vocabulary * 16
-    return states(parameters, ds_config, world) + activations
+    micro, text = config.training.micro_batch_size, parts.text_config
+    count, width, layers = micro * tokens, text.hidden_size, text.num_hidden_layers
+    inner = getattr(text, "intermediate_size", 4 * width) * getattr(text, "num_local_experts", 1)
+    parameters = layers * (4 * width * width + 3 * width * inner) + 2 * text.vocab_size * width
+    plain = 3 * text.num_attention_heads * tokens if config.llava.attention == "eager" else 0
+    activations = count * size * layers * (30 * width + 8 * inner + plain) + count * text.vocab_size * 16
+    vision = micro * max(1, images) * parts.image_numbers * size * 5 // 4  # and a quarter for the way back
+    return states(parameters + parts.vision_parameters, ds_config, world) + activations + vision
 
 
 def states(parameters: int, ds_config: dict[str, Any], world: int) -> int:
