@@ -53,6 +53,18 @@ def vanish() -> None:
     os.pread = gone
 
 
+def damage() -> None:
+    """The newest checkpoint of $RUN loses a file."""
+    newest = max((Path(os.environ["RUN"]) / "checkpoints").glob("step-*"))
+    next(newest.glob("*.safetensors")).unlink()
+
+
+def leave() -> None:
+    """A checkpoint that could not be removed altogether."""
+    (Path(os.environ["RUN"]) / "checkpoints" / "step-00000001.partial").mkdir()
+    no_space()
+
+
 def nan(loss: Any) -> Any:
     return loss * float("nan")
 

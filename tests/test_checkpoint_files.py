@@ -127,16 +127,26 @@ def test_a_checkpoint_under_another_name_or_of_an_early_version(run):
 
 
 def test_what_cannot_be_pruned_is_said_and_training_goes_on(run):
-    hook = {"script": hooks.SCRIPT, "HOOK": "medvlm.training.checkpoint.saving:prune 1 0 no_space"}
+    hook = {"script": hooks.SCRIPT, "RUN": str(run), "HOOK": "medvlm.training.checkpoint.saving:prune 1 0 leave"}
     said = resume_of(run, "training.steps=8", "--allow-change", **hook)
     assert "warning: an old checkpoint could not be removed: [Errno 28]" in said
     assert names(run) == ["step-00000003", "step-00000006", "step-00000007", "step-00000008"]
+    assert not list((run / "checkpoints").glob("*.partial")), "with the next checkpoint, what was left is removed"
 
 
-def test_ranks_that_see_other_checkpoints_do_not_start(run):
-    hook = {"script": hooks.SCRIPT, "HOOK": "medvlm.training.checkpoint:to_resume 1 1 nothing"}
-    said = resume_of(run, fails=True, **hook)
-    assert "its newest checkpoint is step-00000006 to rank 0 and none to rank 1" in said
+def test_ranks_that_see_other_checkpoints_wait_for_each_other_and_do_not_start_otherwise(run, tmp_path):
+    late = {"script": hooks.SCRIPT, "HOOK": "medvlm.training.checkpoint:to_resume 1 1 nothing"}
+    assert "finished at step 7" in resume_of(run, "training.steps=7", "--allow-change", **late)
+    script = tmp_path / "impatient.py"
+    script.write_text(
+        "import runpy\n"
+        "from medvlm.training import setup\n"
+        "setup.PATIENCE = 0\n"
+        f"runpy.run_path({hooks.SCRIPT!r}, run_name='__main__')\n"
+    )
+    never = {"script": str(script), "HOOK": "medvlm.training.checkpoint:to_resume 0 1 nothing"}
+    said = resume_of(run, fails=True, **never)
+    assert "its newest checkpoint is step-00000007 to rank 0 and none to rank 1" in said
     assert said.count("medvlm: error:") == 1 and "Traceback" not in said
 
 

@@ -193,6 +193,23 @@ def test_a_rollback_leaves_out_the_steps_up_to_the_spike_and_a_resume_repeats_th
     assert all(torch.equal(a[key], b[key]) for key in a)
 
 
+def test_a_rollback_past_a_damaged_checkpoint_says_so_and_goes_on(world):
+    """Before step 5 the checkpoint of step 4 loses a file; step 6 spikes."""
+    options = {
+        "training__steps": 8,
+        "training__checkpoint_every": 2,
+        "training__checkpoint_in_background": False,
+        "training__spike": {**SPIKE, "action": "rollback"},
+    }
+    recipe, folder = make_recipe(world, "damaged", **options), world / "runs" / "damaged"
+    done = run(recipe, hook=f"{UPDATE} 5 0 damage,{FORWARD} 11 0 spike", RUN=str(folder))
+    assert done.returncode == 0, done.stderr
+    assert "back to step-00000002, and on from there with step 7 (step-00000004 is damaged, and" in done.stdout
+    assert [row["step"] for row in rows(recipe) if "skipped" in row] == [3, 4, 5, 6]
+    kept = checkpoint.step_folders(folder)
+    assert kept == checkpoint.checkpoints(folder) and kept[-1].name == "step-00000008"
+
+
 @pytest.mark.parametrize(("action", "skipped"), [("skip", [3]), ("warn", [])])
 def test_a_spike_is_skipped_or_told(world, action, skipped):
     recipe = make_recipe(world, f"spike-{action}", training__steps=4, training__spike={**SPIKE, "action": action})
@@ -205,6 +222,8 @@ def test_a_spike_is_skipped_or_told(world, action, skipped):
 
 def test_a_changed_recipe_is_shown_and_refused_where_it_computes_something_else(recipe):
     assert run(recipe, "training.stop_after=1").returncode == 0
+    refused = run(recipe, "training.precision=bf16", "training.stop_after=2")
+    assert refused.returncode == 2 and "(training.precision: 'fp32' -> 'bf16');" in refused.stderr
     refused = run(recipe, "training.weight_decay=0.2", "data.workers=1", "training.stop_after=2")
     assert refused.returncode == 2 and steps(recipe) == [1]
     assert (

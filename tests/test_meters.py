@@ -13,6 +13,7 @@ from medvlm.config.load import load_recipe
 from medvlm.data.loader import Encoded, collate
 from medvlm.models.build import build_components, build_model
 from medvlm.models.trainable import apply_trainable
+from medvlm.objectives import gather
 from medvlm.training import timers
 from medvlm.training.families.llava import LLAVA
 from medvlm.training.flops import PAIRS, CostRecorder
@@ -25,7 +26,8 @@ def test_a_run_measures_itself_on_all_ranks(world):
     batch = {"training__micro_batch_size": 1, "training__global_batch_size": 4, "training__steps": 6}
     recipe = make_recipe(world, "measured", **options, **batch)
     output = launch(recipe, "--profile")
-    assert "attention: varlen" in output and "kernels: torch (Liger needs a GPU)" in output
+    assert "\nattention: varlen" in output and "kernels: torch (Liger needs a GPU)" in output
+    assert "vision_tower attention: sdpa\noptimizer: AdamW, fused\n" in output
     assert "TFLOP/s a rank, measured: 1024 x 1024 matmul, float32" in output
     folder = world / "runs" / "measured"
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -78,6 +80,7 @@ def test_every_collective_and_every_wait_is_timed_once(monkeypatch):
 
     backend = Backend()
     monkeypatch.setattr(timers.comm, "cdb", backend)
+    monkeypatch.setattr(torch.distributed, "all_gather", lambda parts, mine: "gathered")
     clock = iter(range(100))
     monkeypatch.setattr(timers.time, "perf_counter", lambda: next(clock))
     timer = timers.CommunicationTimer(torch.device("cpu"))
@@ -87,8 +90,10 @@ def test_every_collective_and_every_wait_is_timed_once(monkeypatch):
     assert timer.read() == 1, "the inner one is part of the outer one"
     work = backend.all_gather_into_tensor()
     assert work.wait() == "done" and timer.read() == 2
+    assert gather.dist.all_gather([], None) == "gathered" and timer.read() == 1, "a contrastive loss's own"
     timer.close()
     backend.all_reduce("b")
+    gather.dist.all_gather([], None)
     assert timer.read() == 0
 
 

@@ -89,7 +89,7 @@ def test_offload_to_a_drive_equals_plain_pytorch(tmp_path, cpu_adam, on_drive):
     frozen = mode(world, "frozen", world / "drive.json", model__language_model__train="frozen", **wide)
     launch(whole, "training.stop_after=2", **on_drive)
     launch(whole, "run.resume=require", **on_drive)
-    launch(frozen, **on_drive)
+    assert "optimizer: DeepSpeedCPUAdam (its states are offloaded: nvme)" in launch(frozen, **on_drive)
     for recipe in (whole, frozen):
         assert {path.parts[-3] for path in (place / recipe.stem).rglob("*.swp")} >= {"float32params"}
         assert_same_run(metrics(world, recipe.stem), plain_pytorch(recipe))

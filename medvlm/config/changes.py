@@ -57,11 +57,13 @@ HARMLESS = (
 )
 
 
-def check_changes(before: dict[str, Any], config: RunConfig, allow: bool) -> list[str]:
-    """Lines that name the changed keys. ``before`` is what a checkpoint holds. Raises UserError without ``allow``."""
+def check_changes(before: dict[str, Any], config: RunConfig, allow: bool, bf16: tuple[bool, bool]) -> list[str]:
+    """Lines that name the changed keys. ``before`` is what a checkpoint holds; ``bf16`` what the precisions, which may
+    be "auto", came to then and now. Raises UserError where what is computed changes, without ``allow``."""
     with contextlib.suppress(ValidationError):  # of another version: compared as it is
         before = RunConfig.model_validate(before).model_dump(mode="json")  # newer keys get their defaults
     old, new = _flat(before), _flat(config.model_dump(mode="json"))
+    old["training.precision"], new["training.precision"] = ("bf16" if half else "fp32" for half in bf16)
     changed = {key: (old.get(key), new.get(key)) for key in [*new, *(k for k in old if k not in new)]}
     changed = {key: pair for key, pair in changed.items() if pair[0] != pair[1]}
     lines = {key: f"{key}: {a!r} -> {b!r}" for key, (a, b) in changed.items()}

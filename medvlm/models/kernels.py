@@ -2,7 +2,7 @@
 
 import importlib.util
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from medvlm.errors import UserError
 from medvlm.models.attention import VARLEN
+from medvlm.models.backbones import CONVOLUTIONAL
 from medvlm.objectives.language_modeling import linear_cross_entropy_sum
 
 PACKAGES = {
@@ -60,6 +61,16 @@ class Choice:
 
     def line(self, what: str) -> str:
         return f"{what}: {self.name}" + (f" ({'; '.join(self.reasons)})" if self.reasons else "")
+
+
+def tower_lines(towers: Mapping[str, Any]) -> list[str]:
+    """The attention of image and text towers, by part, which transformers chooses; a ResNet has none."""
+    lines = []
+    for part, tower in towers.items():
+        if tower.config.model_type != CONVOLUTIONAL:
+            name = tower.config._attn_implementation
+            lines.append(f"{part} attention: {name}" + f" ({type(tower).__name__} has no other)" * (name == "eager"))
+    return lines
 
 
 def choose_attention(requested: str, machine: Machine, text: Any) -> Choice:

@@ -123,8 +123,9 @@ class Guard:
         ``suspects``: keys of this rank's batches whose loss is not finite; ``keys``: of the whole step. All ranks call
         this.
         """
-        told = distributed.gather((list(suspects), [str(path) for path in checkpoint.checkpoints(self.run)[-1:]]))
-        found = {rank: mine for rank, (mine, _) in enumerate(told) if mine}
+        whole, every = checkpoint.checkpoints(self.run)[-1:], checkpoint.step_folders(self.run)
+        told = distributed.gather((list(suspects), whole, [path for path in every if path not in whole]))
+        found = {rank: mine for rank, (mine, *_) in enumerate(told) if mine}
         whose = "; ".join(f"rank {rank}: {_some(mine)}" for rank, mine in found.items()) or _some(keys)
         text = f"step {step + 1}: {verdict.reason} (samples of {whose})"
         if verdict.action == "stop":
@@ -133,11 +134,13 @@ class Guard:
             self._say(text)
             return None
         row = {"step": step + 1, "action": "skip", "reason": verdict.reason, "ranks": list(found)}
-        back = Path(told[0][1][0]) if verdict.action == "rollback" and told[0][1] else None
+        back = told[0][1][0] if verdict.action == "rollback" and told[0][1] else None
         text += "; no update was made"
         if back:
             row |= {"action": "rollback", "from": checkpoint.step_of(back) + 1}
             text += f"; back to {back.name}, and on from there with step {step + 2}"
+            if damaged := [path.name for path in told[0][2] if path.name > back.name]:
+                text += f" ({damaged[0]} is damaged, and is removed)"
         row["keys"] = [key for mine in found.values() for key in mine] or list(keys)
         if not any((r["step"], r["action"]) == (row["step"], row["action"]) for r in self.rows):
             self.rows.append(row)

@@ -158,6 +158,10 @@ def _roll_back(session: Session, parts: Parts, back: Path) -> None:
     """Weights and moments of an earlier checkpoint; the guard knows which steps to leave out from there."""
     watch.enter("rollback", session.step)
     session.step = checkpoint.resume(session.engine, back, session.manifest)
+    if distributed.rank() == 0:  # a newer one that was damaged would be in the way of those to come
+        checkpoint.remove_after(session.run, session.step)
+    distributed.barrier()
+    parts.saver.saved = session.step
     parts.guard.begin(session.step)
     if parts.meters:
         parts.meters.close(finished=False)

@@ -113,6 +113,16 @@ def _new(groups: list[dict[str, Any]], config: RunConfig, stage: int, offload: b
     return torch.optim.AdamW(groups, betas=betas, fused=not any(p.is_meta for g in groups for p in g["params"]))
 
 
+def optimizer_line(optimizer: torch.optim.Optimizer, offload: str) -> str:
+    """Which implementation an update runs in, and why none better; for the start of a run."""
+    name = type(optimizer).__name__
+    if offload != "none":
+        return f"optimizer: {name} (its states are offloaded: {offload})"
+    if name == "AdamW":
+        return f"optimizer: {name}, fused"
+    return f"optimizer: {name} (there is no fused kernel of it)"
+
+
 def _muon(groups: list[dict[str, Any]], config: RunConfig, betas: tuple, stage: int) -> torch.optim.Optimizer:
     """DeepSpeed's: its ZeRO stages gather each matrix, orthogonalise its momentum and keep the result as gradient."""
     if stage > 0 and config.training.gradient_clipping is not None:

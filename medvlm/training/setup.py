@@ -3,9 +3,11 @@
 import difflib
 import json
 import os
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -19,6 +21,7 @@ from medvlm.config.schema import RunConfig
 from medvlm.data.loader import MicroBatches
 from medvlm.data.plan import Lengths, Plan
 from medvlm.errors import UserError
+from medvlm.models.kernels import tower_lines
 from medvlm.models.layers import compile_layers
 from medvlm.models.lora import add_adapters
 from medvlm.models.sequence_parallel import SequenceParallel
@@ -28,11 +31,13 @@ from medvlm.training.engine import forget_first_step, lift_scalars, shared_by_in
 from medvlm.training.families import Family, family_of
 from medvlm.training.feed import accumulation_steps, count_lengths, make_plan, needs_lengths, training_data
 from medvlm.training.guard import Gate
-from medvlm.training.optimizer import make_optimizer, parameter_groups, rates
+from medvlm.training.optimizer import make_optimizer, optimizer_line, parameter_groups, rates
 from medvlm.training.run_lock import lock_run
 from medvlm.training.schedule import Rate
 
 OFF: tuple[Any, ...] = (None, {"enabled": False}, {"enabled": "auto"})
+PATIENCE = 60.0
+CheckpointFolder = TypeVar("CheckpointFolder", Path, Path | None)
 SECTIONS = ("zero_optimization", "activation_checkpointing", "aio", "communication_data_type")
 
 
@@ -89,16 +94,11 @@ def start(config: RunConfig, allow_change: bool = False) -> Session:
     if distributed.rank() == 0:
         checkpoint.clean(config.run.dir)
     distributed.barrier()
-    found = checkpoint.to_resume(config.run.dir, config.run.resume)
-    seen = distributed.gather(found.name if found else "none")
-    if len(set(seen)) > 1:
-        other = next(rank for rank, name in enumerate(seen) if name != seen[0])
-        raise UserError(
-            f"{config.run.dir}: its newest checkpoint is {seen[0]} to rank 0 and {seen[other]} to rank {other}; is "
-            "it on a drive that all nodes share? If so, start again once all of them see the same"
-        )
+    found = seen_by_all(config.run.dir, lambda: checkpoint.to_resume(config.run.dir, config.run.resume))
     if found:
-        changes = check_changes(checkpoint.read_manifest(found)["config"], config, allow_change)
+        record = checkpoint.read_manifest(found)
+        bf16 = record["bf16"], precision(config) == torch.bfloat16
+        changes = check_changes(record["config"], config, allow_change, bf16)
         if changes and distributed.rank() == 0:
             print(f"changed since {found.name}: {'; '.join(changes)}", flush=True)
 
@@ -111,7 +111,8 @@ def start(config: RunConfig, allow_change: bool = False) -> Session:
     with shared_by_inits():
         model = family.build(config, parts, precision(config), ds_config)
     if config.model.init_from and not found:
-        source = checkpoint.newest(Path(config.model.init_from))
+        init = Path(config.model.init_from)
+        source = seen_by_all(init, lambda: checkpoint.newest(init))
         weights = checkpoint.StockWeights(checkpoint.consolidate(source), merge=True)
         checkpoint.load_weights(model, weights, str(source))
     summaries, groups = prepare(model, config, parts)
@@ -124,6 +125,8 @@ def start(config: RunConfig, allow_change: bool = False) -> Session:
     total = total_steps(config, plan)
     group_rates = rates(groups, config, total)
     given = make_optimizer(groups, config, stage, offload_device(ds_config))
+    towers = {part: getattr(model, part) for part in backbones(config.model) if part != "language_model"}
+    model.choices = (*model.choices, *tower_lines(towers), optimizer_line(given, offload_device(ds_config)))
     engine, optimizer, *_ = distributed.deepspeed.initialize(model=model, optimizer=given, config=ds_config)
     forget_first_step(engine)
     if config.training.compile:
@@ -152,6 +155,25 @@ def start(config: RunConfig, allow_change: bool = False) -> Session:
         total=total,
         step=checkpoint.resume(engine, found, manifest) if found else 0,
     )
+
+
+def seen_by_all(run: Path, look: Callable[[], CheckpointFolder]) -> CheckpointFolder:
+    """The checkpoint of a run that ``look`` finds, once all ranks find the same: on a network drive, other nodes see a
+    new folder some seconds late. Raises UserError where they still differ after PATIENCE seconds."""
+    end = time.monotonic() + PATIENCE
+    while True:
+        found = look()
+        seen = distributed.gather((found.name if found else "none", time.monotonic() > end))
+        names = [name for name, _ in seen]
+        if len(set(names)) == 1:
+            return found
+        if seen[0][1]:
+            other = next(rank for rank, name in enumerate(names) if name != names[0])
+            raise UserError(
+                f"{run}: its newest checkpoint is {names[0]} to rank 0 and {names[other]} to rank {other}; is it on a "
+                "drive that all nodes share? If so, start again once all of them see the same"
+            )
+        time.sleep(1)
 
 
 def prepare(model: nn.Module, config: RunConfig, parts: Any) -> tuple[list[PartSummary], list[dict]]:

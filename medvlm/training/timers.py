@@ -46,7 +46,7 @@ class Timer:
 
 
 class CommunicationTimer:
-    """Times every collective that goes through DeepSpeed's backend, and the waits for those that it starts early.
+    """Times every collective, of DeepSpeed's backend and of models and losses, and the waits for those started early.
 
     On a CPU that is the time a rank stands still, waiting for slower ranks included. On CUDA it is the time on the
     stream that the collective was given to, which may overlap with computing on another; it is not what a step
@@ -56,10 +56,11 @@ class CommunicationTimer:
     def __init__(self, device: torch.device):
         self.timer = Timer(device)
         self.inside = False
-        self.backend = comm.cdb
-        self.names = [name for name in COLLECTIVES if hasattr(self.backend, name)]
-        for name in self.names:
-            setattr(self.backend, name, self._timed(getattr(self.backend, name)))
+        # what calls PyTorch's own (gathers of contrastive losses, statistics of batches) does so as `dist.all_gather`
+        places = [(place, name) for place in (comm.cdb, torch.distributed) for name in COLLECTIVES]
+        self.kept = [(place, name, getattr(place, name)) for place, name in places if hasattr(place, name)]
+        for place, name, call in self.kept:
+            setattr(place, name, self._timed(call))
 
     def _timed(self, call: Callable[..., Any]) -> Callable[..., Any]:
         def timed(*args: Any, **kwargs: Any) -> Any:
@@ -79,8 +80,8 @@ class CommunicationTimer:
         return self.timer.read().get("communication", 0.0)
 
     def close(self) -> None:
-        for name in self.names:
-            delattr(self.backend, name)  # the method of its class is there again
+        for place, name, call in self.kept:
+            setattr(place, name, call)
 
 
 class _Waiting:

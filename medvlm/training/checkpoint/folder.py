@@ -84,6 +84,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
         text = (path / MANIFEST).read_bytes()
     except FileNotFoundError:
         raise UserError(f"{path}: is not a complete checkpoint (it has no {MANIFEST})") from None
+    except OSError as error:
+        raise UserError(f"{path}: its {MANIFEST} cannot be read ({error.strerror})") from None
     record, damage = parse_manifest(text, path)
     if damage:
         raise UserError(f"{path}: {damage}")
@@ -125,7 +127,10 @@ def missing(path: Path) -> str:
     """What is absent or of another size in a checkpoint and the frozen weights it refers to; empty if nothing is."""
     if not (path / MANIFEST).exists():
         return f"its {MANIFEST} is missing"
-    record, damage = parse_manifest((path / MANIFEST).read_bytes(), path)
+    try:
+        record, damage = parse_manifest((path / MANIFEST).read_bytes(), path)
+    except OSError as error:
+        return f"its {MANIFEST} cannot be read ({error.strerror})"
     if damage:
         return damage
     if record.get("format") != FORMAT:
@@ -192,9 +197,12 @@ def remove(path: Path) -> None:
 
 
 def clean(run: Path) -> None:
-    """Remove what a killed run left unfinished. For one process, while no other writes in the run."""
-    for path in (run / "checkpoints").glob("*.partial"):
-        shutil.rmtree(path)
+    """Remove what a killed run left unfinished, or could not remove. For one process, while nothing writes there."""
+    try:
+        for path in (run / "checkpoints").glob("*.partial"):
+            shutil.rmtree(path)
+    except OSError as error:  # nothing reads it; the next checkpoint tries again
+        print(f"warning: what is left of an old checkpoint could not be removed: {error}", flush=True)
 
 
 def prune(run: Path, keep: int, every: int | None = None) -> list[Path]:

@@ -18,6 +18,7 @@ from medvlm.training.checkpoint import fragments, frozen
 from medvlm.training.checkpoint.files import NAMES, Entry, write_safetensors
 from medvlm.training.checkpoint.folder import (
     FORMAT,
+    clean,
     complete,
     fingerprint,
     full_shape,
@@ -137,6 +138,7 @@ class Saver:
             self._give_up(problem)
         self.saved = self.step
         if distributed.rank() == 0:
+            clean(self.run)
             try:
                 prune(self.run, self.keep, self.every)
             except OSError as error:  # of what is old; the new one is whole
