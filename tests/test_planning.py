@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -109,6 +110,17 @@ def test_shards_are_those_that_deepspeed_makes(toy_world, tmp_path):
     """
     masters = two_ranks(script, tmp_path)[0]["masters"]
     assert dry["optimizer"] == pytest.approx(3 * masters, abs=64), "Adam has two moments, and counters of a few bytes"
+
+
+def test_offload_to_a_drive_is_rehearsed_without_one(toy_world, tmp_path):
+    """Neither DeepSpeed's async_io, which takes a compiler, nor the drive's folder: those are on other machines."""
+    recipe = make_recipe(toy_world, "drive", training__zero="zero3_nvme")
+    cache = tmp_path / "compiled"
+    done = zygote().run(["train", str(recipe), "--dry-run", "--ranks", "2", "--json"], TORCH_EXTENSIONS_DIR=str(cache))
+    assert done.returncode == 0, done.stderr
+    assert not cache.exists() and not Path("/local_nvme").exists()
+    in_memory = json.loads(medvlm("train", recipe, "--dry-run", "--ranks", 2, "--json", "training.zero=zero3_offload"))
+    assert json.loads(done.stdout)["shapes"] == in_memory["shapes"]
 
 
 def test_dry_run_says_what_ranks_read_and_refuses_a_batch_they_cannot_share(toy_world):

@@ -4,14 +4,17 @@ DeepSpeed itself shards, gathers, reduces and steps, as one rank of a fake proce
 what is counted is what it allocates and sends. Nothing is read but configurations and the tokenizer.
 """
 
+import dataclasses
 import logging
 import multiprocessing
 import os
+import tempfile
 import time
 import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -92,6 +95,15 @@ def rehearse(jobs: Sequence[Job]) -> list[Rehearsal]:
 
 def rehearse_here(job: Job) -> Rehearsal:
     """In this process, of which nothing else can be made afterwards."""
+    with tempfile.TemporaryDirectory() as drive:  # DeepSpeed makes its folders there, and deletes what it finds
+        zero = dict(job.ds_config["zero_optimization"])
+        for place in ("offload_optimizer", "offload_param"):
+            if zero.get(place, {}).get("device") == "nvme":
+                zero[place] = {**zero[place], "nvme_path": drive}
+        return _rehearse(dataclasses.replace(job, ds_config={**job.ds_config, "zero_optimization": zero}))
+
+
+def _rehearse(job: Job) -> Rehearsal:
     from medvlm.training import distributed
     from medvlm.training.engine import shared_by_inits
     from medvlm.training.families import Pass, family_of
@@ -153,6 +165,7 @@ def _pretend(world: int, device: torch.device) -> None:
     os.environ |= {"DS_ACCELERATOR": "cpu", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(world)}
     from deepspeed.accelerator import set_accelerator
     from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+    from deepspeed.ops.op_builder.cpu import AsyncIOBuilder
     from deepspeed.runtime.zero import utils as zero_utils
     from deepspeed.utils import logger
     from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -174,6 +187,7 @@ def _pretend(world: int, device: torch.device) -> None:
     distributed.deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
     distributed.deepspeed.init_distributed("fake", verbose=False)
+    AsyncIOBuilder.load = lambda *_, **__: SimpleNamespace(aio_handle=_NoDrive)
     # nobody is there to disagree, or to have other numbers of rows
     gather.row_counts = lambda rows: [len(rows)] * world
     zero_utils.assert_lst_len_same_as_other_ranks = lambda _: None
@@ -195,6 +209,32 @@ def _apply(module: nn.Module, function: Any, recurse: bool = True) -> nn.Module:
         if buffer is not None:
             module._buffers[key] = function(buffer)
     return module
+
+
+class _NoDrive:
+    """In place of DeepSpeed's ``aio_handle``, which needs a compiler: buffers are made, and nothing is moved."""
+
+    def __init__(self, *_: Any, **__: Any):
+        self.asked = 0
+
+    def new_cpu_locked_tensor(self, count: int, like: torch.Tensor) -> torch.Tensor:
+        return torch.empty(count, dtype=like.dtype, device="cpu")
+
+    def free_cpu_locked_tensor(self, tensor: torch.Tensor) -> bool:
+        return True
+
+    def is_pinned(self, tensor: torch.Tensor) -> bool:
+        return True
+
+    def async_pread(self, *_: Any) -> int:
+        self.asked += 1
+        return 0
+
+    async_pwrite = async_pread
+
+    def wait(self) -> int:
+        done, self.asked = self.asked, 0
+        return done
 
 
 def _without_weights(config: RunConfig) -> RunConfig:

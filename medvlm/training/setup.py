@@ -106,8 +106,8 @@ def start(config: RunConfig, allow_change: bool = False) -> Session:
     parts = family.components(config)
     data = training_data(config, parts)
     plan = make_plan(config, data, lengths_for_all_ranks(config, data))
-    family.check_memory(config, parts, data, ds_config)
     prepare_drive(ds_config, config.run.name)
+    family.check_memory(config, parts, data, ds_config)
     with shared_by_inits():
         model = family.build(config, parts, precision(config), ds_config)
     if config.model.init_from and not found:
