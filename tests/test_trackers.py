@@ -70,8 +70,20 @@ def wandb_losses(path: Path) -> dict[int, float]:
             record, whole = wandb_internal_pb2.Record.FromString(whole), b""
             items = {i.key or "/".join(i.nested_key): i.value_json for i in record.history.item}
             if "loss" in items:
-                found[int(items["_step"])] = float(items["loss"])
+                found[int(items["step"])] = float(items["loss"])
     return found
+
+
+def test_wandb_takes_a_step_again(world, monkeypatch):
+    """After a kill, or a rollback, that came later than its checkpoint."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    config = load_recipe(str(recipe(world, "again", "wandb")))
+    config.run.dir.mkdir(parents=True)
+    board = trackers.WandB(config, 0)
+    for step, loss in ((4, 0.4), (5, 0.5), (3, 0.3), (4, 0.2)):
+        board.log({"loss": loss}, step)
+    board.close(finished=True)
+    assert wandb_losses(next(config.run.dir.glob("wandb/offline-run-*/*.wandb"))) == {4: 0.2, 5: 0.5, 3: 0.3}
 
 
 class Broken:

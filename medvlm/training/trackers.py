@@ -58,9 +58,11 @@ class WandB:
             config=config.model_dump(mode="json"),
             settings=wandb.Settings(console="off", silent=True),
         )
+        # an axis of its own: W&B's drops what is logged at a lower step than before, as after a kill or a rollback
+        self.run.define_metric("*", step_metric="step")
 
     def log(self, values: dict[str, float], step: int) -> None:
-        self.run.log(values, step=step)
+        self.run.log({**values, "step": step})
 
     def close(self, finished: bool) -> None:
         self.run.finish(exit_code=0 if finished else 1)
