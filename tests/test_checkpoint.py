@@ -129,9 +129,12 @@ def test_other_pretrained_weights_than_the_run_started_with_are_refused(adapted)
         resumed = launch(adapted_recipe(adapted, "changed", training__stop_after=None), fails=True)
         next_stage = {"model__language_model__train": "full", "model__init_from": str(adapted / "runs" / "adapted")}
         begun = launch(adapted_recipe(adapted, "stage2", **next_stage), fails=True)
+        out = adapted / "refused"
+        written = medvlm("export", adapted / "runs" / "adapted", "--out", out, "--no-proof", status=2)
     finally:
         path.write_bytes(original)
-    for output in (resumed, begun):
+    assert not out.exists()
+    for output in (resumed, begun, written):
         assert "model.language_model.path: gives other weights than" in output and "Traceback" not in output
     launch(adapted_recipe(adapted, "stage2", **next_stage))
 
@@ -159,6 +162,9 @@ def test_adapters_on_pretrained_weights_store_no_more_than_what_trains(adapted, 
     assert all("lora" in name for name in weights if name.startswith("language_model"))
     launch(adapted_recipe(adapted, "lora", **lora, training__zero="zero1"), "training.stop_after=3", ranks=1)
     medvlm("export", adapted / "runs" / "lora", "--out", tmp_path / "merged")
+    medvlm("export", adapted / "runs" / "lora", "--out", tmp_path / "unproven", "--no-proof")
+    proven, unproven = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("merged", "unproven"))
+    assert proven == unproven
     medvlm("export", adapted / "runs" / "lora", "--out", tmp_path / "adapter", "--adapter")
     onward = {"model__init_from": str(adapted / "runs" / "lora"), "model__language_model__train": "full"}
     launch(

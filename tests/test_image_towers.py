@@ -69,6 +69,9 @@ def test_a_trained_tower_stays_as_it_is_and_the_export_answers(trained, tmp_path
     """Two steps on two ranks under ZeRO-3; weights and running statistics are those of the dual encoder's folder."""
     kind, folder, run = trained
     assert "max_abs_logit_diff" in medvlm("export", run, "--out", tmp_path / "hf")
+    medvlm("export", run, "--out", tmp_path / "unproven", "--no-proof")
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("hf", "unproven")]
+    assert weights[0] == weights[1]
     own = kind == "resnet"
     if own:
         with pytest.raises(

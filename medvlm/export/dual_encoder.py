@@ -6,6 +6,7 @@ import io
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +32,9 @@ from medvlm.data.images import ImageTransform
 from medvlm.errors import UserError
 from medvlm.export import dual_encoder_modeling as modeling
 from medvlm.export.dual_encoder_card import LABELS, dual_encoder_card
-from medvlm.export.writing import TOLERANCE, fresh_process, open_run, write_weights
+from medvlm.export.writing import TOLERANCE, fresh_process, open_run, pretrained_parts, write_weights
 from medvlm.models.backbones import TOWER
-from medvlm.models.build_dual_encoder import DualComponents, build_components, build_model
+from medvlm.models.build_dual_encoder import DualComponents, build_components, build_model, load_backbone
 from medvlm.models.dual_encoder import DualEncoderModel
 from medvlm.models.joint_space import Similarity
 from medvlm.models.lora import add_adapters
@@ -73,11 +74,10 @@ def export_run(run: Path, out: Path, tag: str | None = None, ema: bool = False, 
     assert isinstance(config.model, DualEncoderRecipe)
     parts = build_components(config.model, config.objective)
     stored = checkpoint.consolidate(source, ema=ema)
-    model = trained_model(config, parts, stored) if prove or stored.absent else None
-    expected = answers(model, parts) if prove and model else None
-    values = checkpoint.StockWeights(stored, merge=True, built=model if stored.absent else None)
+    load = partial(load_backbone, config.model, parts, dtype="auto")
+    values = checkpoint.StockWeights(stored, merge=True, built=pretrained_parts(stored, load))
+    expected = answers(trained_model(config, parts, stored), parts) if prove else None
     buffers = stored_buffers(config.model, parts, source)
-    del model
 
     trained = Trained(config.model, parts, values, buffers)
     staging = checkpoint.new_folder(out)

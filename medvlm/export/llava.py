@@ -8,6 +8,7 @@ import io
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,9 @@ from medvlm.data.schema import make_message
 from medvlm.errors import UserError
 from medvlm.export import llava_modeling as modeling
 from medvlm.export.model_card import model_card
-from medvlm.export.writing import TOLERANCE, fresh_process, open_run, write_weights
+from medvlm.export.writing import TOLERANCE, fresh_process, open_run, pretrained_parts, write_weights
 from medvlm.models.backbones import CONVOLUTIONAL
-from medvlm.models.build import Components, build_components, build_plain_model
+from medvlm.models.build import Components, build_components, build_plain_model, load_backbone
 from medvlm.models.lora import add_adapters
 from medvlm.models.vision_language_model import VisionLanguageModel
 from medvlm.training import checkpoint
@@ -47,11 +48,10 @@ def export_run(run: Path, out: Path, tag: str | None = None, ema: bool = False, 
     config, source = open_run(run, out, tag)
     parts = build_components(config.llava)
     weights = checkpoint.consolidate(source, ema=ema)
-    model = trained_model(config, parts, weights) if prove or weights.absent else None
-    expected = answers(model, parts) if prove and model else None
-    values = checkpoint.StockWeights(weights, merge=True, built=model if weights.absent else None)
+    load = partial(load_backbone, config.llava, parts, dtype="auto")
+    values = checkpoint.StockWeights(weights, merge=True, built=pretrained_parts(weights, load))
+    expected = answers(trained_model(config, parts, weights), parts) if prove else None
     buffers = stored_buffers(parts, source)
-    del model
 
     staging = checkpoint.new_folder(out)
     bf16 = checkpoint.read_manifest(source)["bf16"]

@@ -3,7 +3,7 @@
 import json
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,9 @@ from transformers.core_model_loading import revert_weight_conversion
 from medvlm.config.schema import RunConfig
 from medvlm.errors import UserError
 from medvlm.training import checkpoint
+from medvlm.training.checkpoint import frozen
 from medvlm.training.checkpoint.fragments import persistent_buffers
+from medvlm.training.checkpoint.stock import stock_name
 
 TOLERANCE = 1e-5
 SHARD_BYTES = 4 * 2**30
@@ -34,6 +36,19 @@ def open_run(run: Path, out: Path, tag: str | None) -> tuple[RunConfig, Path]:
         raise UserError(f"{out}: exists and is not empty")
     checkpoint.refuse_changed(source)
     return config, source
+
+
+def pretrained_parts(weights: checkpoint.Weights, load: Callable[[str], nn.Module]) -> nn.Module | None:
+    """The parts of a model of which a checkpoint leaves weights to pretrained folders, each as ``load`` gives it; None
+    if there are none. Raises UserError where they are not what was trained with."""
+    names = {stock_name(name) for name in weights.absent}
+    if not names:
+        return None
+    found = nn.Module()
+    for part in sorted({name.partition(".")[0] for name in names}):
+        found.add_module(part, load(part))
+    frozen.compare(weights.origin, frozen.digests(found, names), str(weights.path))
+    return found
 
 
 def write_weights(

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from unittest import mock
 
 import torch
@@ -23,6 +23,8 @@ IMAGE_PROCESSORS = {
     "swin": "ViTImageProcessor",
 }
 CONVOLUTIONAL = "resnet"
+Dtype = torch.dtype | Literal["auto"]
+"""Of weights; "auto" is that of a folder, whose files are then mapped into memory and take none until they are read."""
 WHOLE_IMAGE_BELOW = 384  # ConvNextImageProcessor crops smaller images out of larger ones
 IMAGE_SIZE = 224  # of a convolutional tower from scratch, which takes any
 AutoModel.register(SiglipTextConfig, SiglipTextModel, exist_ok=True)  # transformers lists only its vision tower
@@ -67,7 +69,7 @@ def feature_width(vision: Any) -> int:
     return vision.hidden_sizes[-1] if vision.model_type == CONVOLUTIONAL else vision.hidden_size
 
 
-def load_tower(part: Backbone, config: Any, dtype: torch.dtype, field: str, **options: Any) -> Any:
+def load_tower(part: Backbone, config: Any, dtype: Dtype, field: str, **options: Any) -> Any:
     """A model without output layers, such as half of a CLIP or SigLIP. Running statistics of batches are in fp32 as its
     folder has them, whatever ``dtype``. Raises UserError where a weight is absent."""
     if part.path is None:
@@ -89,7 +91,7 @@ def _statistics(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
         yield from ((module, name) for name in ("running_mean", "running_var") if name in module._buffers)
 
 
-def load_whole(auto: Any, path: str, field: str, dtype: torch.dtype, **options: Any) -> Any:
+def load_whole(auto: Any, path: str, field: str, dtype: Dtype, **options: Any) -> Any:
     """By an auto class or a class of transformers. Raises UserError where the folder lacks a weight of the model."""
     model, info = load(auto, path, field, dtype=dtype, output_loading_info=True, **options)
     # A tied layer is listed as missing by some versions though it shares the input embedding.

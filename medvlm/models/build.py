@@ -16,6 +16,7 @@ from medvlm.data.conversation import multimodal_template
 from medvlm.data.schema import IMAGE_MARK
 from medvlm.errors import UserError
 from medvlm.models.backbones import (
+    Dtype,
     backbone_config,
     feature_width,
     from_scratch,
@@ -150,8 +151,8 @@ def build_model(
         # No dtype argument: on CPU zero.Init(dtype=float32) silently means bfloat16.
         context = deepspeed.zero.Init(config_dict_or_path=deepspeed_config)
     transformers.set_seed(seed)
-    tower = load_tower(config.vision_tower, parts.vision_config, dtype, "model.vision_tower")
-    language = _language_model(config.language_model, parts.text_config, dtype, attention_implementation(attention))
+    tower = load_backbone(config, parts, "vision_tower", dtype)
+    language = load_backbone(config, parts, "language_model", dtype, attention_implementation(attention))
     with context:
         projector = PROJECTORS[config.multi_modal_projector.kind](parts.vision_dim, parts.text_config.hidden_size)
         projector = projector.to(dtype) if keep_alive is None else projector
@@ -175,7 +176,14 @@ def build_model(
     return model
 
 
-def _language_model(part: LanguageModel, config: Any, dtype: torch.dtype, attention: str | None) -> Any:
+def load_backbone(config: Llava, parts: Components, part: str, dtype: Dtype, attention: str | None = None) -> Any:
+    """The vision tower or the language model, for which ``attention`` is: pretrained or from scratch."""
+    if part == "vision_tower":
+        return load_tower(config.vision_tower, parts.vision_config, dtype, "model.vision_tower")
+    return _language_model(config.language_model, parts.text_config, dtype, attention)
+
+
+def _language_model(part: LanguageModel, config: Any, dtype: Dtype, attention: str | None) -> Any:
     options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention}
     if part.path is None:
         return AutoModelForCausalLM.from_config(config, **options)

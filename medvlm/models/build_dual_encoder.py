@@ -15,6 +15,7 @@ from medvlm.config.objective import Objective
 from medvlm.errors import UserError
 from medvlm.models.backbones import (
     CONVOLUTIONAL,
+    Dtype,
     backbone_config,
     feature_width,
     image_processor_of,
@@ -106,20 +107,21 @@ def build_model(
     """
     keep_alive = zero3_switch(deepspeed_config)
     transformers.set_seed(seed)
-    options = _without_pooler(parts.vision_config, config.vision_tower.pooling)
-    vision = load_tower(config.vision_tower, parts.vision_config, dtype, "model.vision_tower", **options)
-    field = "model.text_tower"
-    if parts.masked and config.text_tower.path:
-        text = load_whole(AutoModelForMaskedLM, config.text_tower.path, f"{field}.path", dtype)
-    elif parts.masked:
-        text = AutoModelForMaskedLM.from_config(parts.text_config, dtype=dtype)
-    else:
-        options = _without_pooler(parts.text_config, config.text_tower.pooling)
-        text = load_tower(config.text_tower, parts.text_config, dtype, field, **options)
+    vision, text = (load_backbone(config, parts, part, dtype) for part in ("vision_tower", "text_tower"))
     torch.manual_seed(seed)  # sharded towers have drawn other random numbers than whole ones
     model = _assemble(config, parts, vision, text, dtype)
     model.__dict__["keep_alive"] = keep_alive  # transformers holds the ZeRO-3 switch by a weak reference
     return model
+
+
+def load_backbone(config: DualEncoder, parts: DualComponents, part: str, dtype: Dtype) -> Any:
+    """The vision or the text tower: pretrained or from scratch."""
+    tower, given = getattr(config, part), parts.vision_config if part == "vision_tower" else parts.text_config
+    if part == "vision_tower" or not parts.masked:
+        return load_tower(tower, given, dtype, f"model.{part}", **_without_pooler(given, tower.pooling))
+    if tower.path:
+        return load_whole(AutoModelForMaskedLM, tower.path, f"model.{part}.path", dtype)
+    return AutoModelForMaskedLM.from_config(given, dtype=dtype)
 
 
 def _assemble(config: DualEncoder, parts: DualComponents, vision: Any, text: Any, dtype: torch.dtype) -> Any:

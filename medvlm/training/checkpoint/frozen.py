@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from deepspeed import comm
-from torch import Tensor, nn
+from torch import nn
 
 from medvlm.config.model import Backbone, Model
 from medvlm.errors import UserError
@@ -16,7 +16,7 @@ from medvlm.training.checkpoint.folder import full_shape
 from medvlm.training.checkpoint.fragments import held
 from medvlm.training.checkpoint.stock import stock_name
 
-CHUNK = 4 * 2**20  # elements digested at a time
+CHUNK = 2**20  # elements digested at a time
 
 
 def from_pretrained_folders(model: Any, config: Model, grown: bool) -> set[str]:
@@ -50,7 +50,7 @@ def digests(model: nn.Module, names: Collection[str]) -> dict[str, str]:
     if not ordered:
         return {}
     alone = not torch.distributed.is_initialized()
-    sums = torch.stack([_weighted_sum(p, writing=not alone) for _, p in ordered])
+    sums = torch.tensor([_weighted_sum(p, writing=not alone) for _, p in ordered])
     if not alone:
         sums = sums.to(distributed.device())
         comm.all_reduce(sums)
@@ -61,7 +61,8 @@ def digests(model: nn.Module, names: Collection[str]) -> dict[str, str]:
     return {part: found.hexdigest()[:16] for part, found in hashes.items()}
 
 
-def _weighted_sum(p: nn.Parameter, *, writing: bool) -> Tensor:
+def _weighted_sum(p: nn.Parameter, *, writing: bool) -> int:
+    """Not as a tensor: small ones, kept between large temporary ones, would keep malloc from giving memory back."""
     with held(p, writing=writing) as (start, values):
         total = torch.zeros((), dtype=torch.int64, device=values.device)
         for at in range(0, len(values), CHUNK):
@@ -69,7 +70,7 @@ def _weighted_sum(p: nn.Parameter, *, writing: bool) -> Tensor:
             place = torch.arange(start + at, start + at + len(chunk), device=values.device)
             place *= -7046029254386353131  # odd, near 2^64 over the golden ratio: neighbours differ in all bits
             total += (chunk * ((place ^ (place >> 29)) | 1)).sum()
-        return total.cpu()
+        return int(total)
 
 
 def compare(expected: dict[str, str], found: dict[str, str], where: str) -> None:

@@ -15,8 +15,8 @@ def stock_name(name: str) -> str:
 class StockWeights(ByPart):
     """Adapters are merged (W + factor B A, in fp32), or left out. Everything is read when it is asked for.
 
-    ``built``: a model with the checkpoint's weights, which gives those that a pretrained folder has; without it they
-    are absent.
+    ``built`` gives, as its parameters, those that the checkpoint leaves to a pretrained folder; without it they are
+    absent.
     """
 
     def __init__(self, weights: Weights, *, merge: bool, built: nn.Module | None = None):
