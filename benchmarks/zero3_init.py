@@ -1,10 +1,11 @@
 """Memory of each rank while a model is made under ZeRO-3: from a configuration, and from sharded pretrained weights.
 
-    python benchmarks/zero3_init.py [--ranks 2 4] [--layers 20]
+    python benchmarks/zero3_init.py [--ranks 2 4] [--shape small|7b]
 
-The language model has Llama's shapes at width 1536, in bf16. Ranks are forked and talk over gloo; memory is that of
-the process beyond what it had before the model was built: the peak of what it allocated (RssAnon, sampled every 2 ms)
-and of its resident set (VmHWM), which also counts pages of the weights' files, mapped, that may be dropped at any time.
+The language model has Llama's shapes at width 1536, or is Llama-2-7B, in bf16. Ranks are forked and talk over gloo;
+memory is that of the process beyond what it had before the model was built: the peak of what it allocated (RssAnon,
+sampled every 2 ms) and of its resident set (VmHWM), which also counts pages of the weights' files, mapped, that may be
+dropped at any time.
 """
 
 import argparse
@@ -28,18 +29,17 @@ from toy import CLIP, make_tokenizer
 from medvlm.config.model import Llava
 from medvlm.models.build import build_components, build_model
 
-WIDTH, VOCABULARY = 1536, 32000
+SMALL = {"hidden_size": 1536, "intermediate_size": 4096, "num_hidden_layers": 20, "num_attention_heads": 12}
+LLAMA_2_7B = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
+SHAPES = {"small": SMALL, "7b": LLAMA_2_7B}
 
 
-def language(layers: int) -> dict[str, Any]:
+def language(shape: str) -> dict[str, Any]:
     return {
         "model_type": "llama",
-        "hidden_size": WIDTH,
-        "intermediate_size": 4096,
-        "num_hidden_layers": layers,
-        "num_attention_heads": 12,
-        "num_key_value_heads": 12,
-        "vocab_size": VOCABULARY,
+        **SHAPES[shape],
+        "num_key_value_heads": SHAPES[shape]["num_attention_heads"],
+        "vocab_size": 32000,
         "tie_word_embeddings": False,
     }
 
@@ -128,7 +128,7 @@ def save_pretrained(folder: Path, shape: dict[str, Any]) -> Path:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
-    parser.add_argument("--layers", type=int, default=20)
+    parser.add_argument("--shape", choices=SHAPES, default="small")
     options = parser.parse_args()
     from medvlm.training import distributed  # noqa: F401  (once, before forking)
 
@@ -136,11 +136,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         context = multiprocessing.get_context("fork")
-        saver = context.Process(target=save_pretrained, args=(folder / "llm", language(options.layers)))
+        saver = context.Process(target=save_pretrained, args=(folder / "llm", language(options.shape)))
         saver.start()
         saver.join()
         tower = {"config": CLIP, "feature_layer": -1, "select_strategy": "full"}
-        scratch = {"config": language(options.layers), "tokenizer": str(folder / "llm")}
+        scratch = {"config": language(options.shape), "tokenizer": str(folder / "llm")}
         origins = {"from a configuration": scratch, "from sharded weights": {"path": str(folder / "llm")}}
         columns = ["origin", "ranks", "whole model MiB", "shard of a rank", "largest tensor"]
         print(f"| {' | '.join([*columns, 'peak allocated by rank', 'peak resident', 'seconds'])} |")

@@ -9,4 +9,4 @@ setup dev
 # Files at a time. Many tests start two ranks, so half of the cores, but two where there are two (0: no worker processes).
 cores=$(.venv/bin/python -c 'import os; print(len(os.sched_getaffinity(0)))')
 workers=$((cores < 2 ? 0 : cores < 4 ? 2 : cores < 16 ? cores / 2 : 8))
-exec .venv/bin/python -m pytest --numprocesses "${TEST_WORKERS:-$workers}" --dist loadfile "$@"
+exec .venv/bin/python -m pytest --numprocesses "${TEST_WORKERS:-$workers}" --dist loadfile --no-loadscope-reorder "$@"

@@ -18,6 +18,15 @@ REPO = Path(__file__).parent.parent
 DATA = Path(os.environ.get("MEDVLM_TEST_DATA", REPO / ".." / "shared" / "data")).resolve()
 
 
+SLOW = ("recipes", "zero_modes", "slurm", "faults", "checkpoint", "dual_training", "launchers", "never_hangs")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that take minutes come first, so that no worker is left alone with one of them at the end."""
+    slow = [f"test_{name}" for name in SLOW]
+    items.sort(key=lambda item: slow.index(item.path.stem) if item.path.stem in slow else len(slow))
+
+
 @pytest.fixture(scope="session")
 def test_data() -> Path:
     if not DATA.is_dir():
