@@ -11,6 +11,7 @@ This file is also the program of that process: it reads a JSON line per request 
 import contextlib
 import faulthandler
 import functools
+import gc
 import json
 import os
 import resource
@@ -94,6 +95,8 @@ def _serve() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what is printed by imports is no answer
     import deepspeed  # noqa: F401
+    import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401  (which any run imports, and torch's compiler with it)
+    import peft  # noqa: F401
     import torch.utils.tensorboard  # noqa: F401
     import transformers.models.llama.modeling_llama
     import transformers.models.siglip.modeling_siglip  # noqa: F401
@@ -102,6 +105,8 @@ def _serve() -> None:
     import medvlm.export.llava
     import medvlm.training.loop  # noqa: F401
 
+    gc.collect()
+    gc.freeze()  # nothing to look through for those who are forked: DeepSpeed collects garbage at every start
     for line in sys.stdin:
         request = json.loads(line)
         answers.write(json.dumps(_run(request)) + "\n")

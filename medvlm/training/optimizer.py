@@ -27,8 +27,9 @@ def parameter_groups(model: nn.Module, config: RunConfig) -> list[dict[str, Any]
     for part in config.model.PARTS:
         section, hidden = part_config(config.model, part), _hidden_matrices(getattr(model, part))
         decay = config.training.weight_decay if section.weight_decay is None else section.weight_decay
+        parameters = part_parameters(model, part)
         for name, factor in layer_factors(model, config, part).items():
-            p = part_parameters(model, part)[name]
+            p = parameters[name]
             if not p.requires_grad or id(p) in taken:
                 continue
             taken.add(id(p))
