@@ -3,6 +3,7 @@ import os
 import sys
 import textwrap
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-from zygote import TIMED_OUT, zygote
+from zygote import TIMED_OUT, forked, zygote
 
 os.fsync = lambda descriptor: None  # matters when the power fails; here it only takes time
 
@@ -52,11 +53,20 @@ def launch(recipe: Path | str, *arguments: str, ranks: int = 2, fails: bool = Fa
     return output
 
 
-def medvlm(*arguments: object, status: int = 0) -> str:
+def medvlm(*arguments: object, status: int = 0, **options: Any) -> str:
     """Run the command line in a process of its own; returns its output, and its messages where it must fail."""
-    done = zygote().run(list(map(str, arguments)))
+    done = zygote().run(list(map(str, arguments)), **options)
     assert done.returncode == status, done.stdout + done.stderr
     return done.stdout if status == 0 else done.stdout + done.stderr
+
+
+@pytest.fixture
+def forked_proof(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Proofs of exports that the test's own process asks for; those of commands see `zygote`."""
+    from medvlm.export import writing
+
+    run = SimpleNamespace(run=lambda command, **_: forked(command, zygote().run))
+    monkeypatch.setattr(writing, "subprocess", run)
 
 
 def refused_for_memory(recipe: Path, folder: Path) -> str:

@@ -11,6 +11,8 @@ from medvlm.config.load import load_recipe
 from medvlm.export.llava import verify, write_llava
 from medvlm.models.build import build_components, build_model
 
+pytestmark = pytest.mark.usefixtures("forked_proof")
+
 TOWERS = {
     "siglip": (SIGLIP, "full", -1),
     "clip": (CLIP, "default", -2),
@@ -62,7 +64,7 @@ def test_a_zero3_run_in_bf16_exports_the_stock_key_set(world, tmp_path):
     recipe = make_recipe(world, "exported", training__steps=2, training__precision="bf16")
     launch(recipe)
     out = tmp_path / "hf"
-    assert "max_abs_logit_diff" in medvlm("export", world / "runs" / "exported", "--out", out)
+    assert "max_abs_logit_diff" in medvlm("export", world / "runs" / "exported", "--out", out, FRESH="1")
     stock = LlavaForConditionalGeneration(AutoModelForImageTextToText.from_pretrained(out).config)
     stock.save_pretrained(tmp_path / "stock")
     with (

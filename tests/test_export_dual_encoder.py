@@ -23,6 +23,8 @@ from medvlm.models.backbones import backbone_config, load_tower
 from medvlm.models.build_dual_encoder import build_components, build_model
 from medvlm.training.checkpoint.fragments import persistent_buffers
 
+pytestmark = pytest.mark.usefixtures("forked_proof")
+
 POOLED = {"text_tower__pooling": "pooler"}
 NO_HEADS = {"vision_head__kind": "none", "text_head__kind": "none", "embedding_dim": 32}
 PRIOR = {"kind": "conv", "norm": "batch", "bias": True, "prior_image": {"width": 16, "layers": 1, "heads": 2}}
@@ -178,7 +180,7 @@ def run(tmp_path_factory):
 
 def test_a_zero3_run_exports_through_the_command_line(run, tmp_path):
     """The embedder of the evaluation loads what it writes; running statistics are those of the run."""
-    printed = medvlm("export", run, "--out", tmp_path / "hf")
+    printed = medvlm("export", run, "--out", tmp_path / "hf", FRESH="1")
     assert "max_abs_image_diff" in printed and "class: DualEncoder" in printed
     tower = AutoModel.from_pretrained(tmp_path / "hf/vision_tower")
     assert tower.embedder.embedder.normalization.running_mean.abs().max() > 1e-3

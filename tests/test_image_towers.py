@@ -38,6 +38,8 @@ from medvlm.training.flops import CostRecorder, attended_pairs, work
 from medvlm.training.memory import bound
 from medvlm.training.setup import deepspeed_config, prepare
 
+pytestmark = pytest.mark.usefixtures("forked_proof")
+
 FULL = {"feature_layer": -1, "select_strategy": "full"}
 TOWERS = {
     "resnet": (RESNET, {}, FULL),

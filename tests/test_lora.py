@@ -153,7 +153,9 @@ def change(folder: Path, out: Path, key: str) -> Path:
 
 
 def test_adapter_folder_is_loaded_by_stock_peft(trained, tmp_path):
-    done = json.loads(medvlm("export", trained, "--out", tmp_path / "a", "--adapter", "--json").splitlines()[-1])
+    done = json.loads(
+        medvlm("export", trained, "--out", tmp_path / "a", "--adapter", "--json", FRESH="1").splitlines()[-1]
+    )
     base = tmp_path / "a" / "base"
     assert done["max_abs_logit_diff"] <= 1e-5 and done["base"] == str(base)
     settings = json.loads((tmp_path / "a" / "adapter_config.json").read_text())

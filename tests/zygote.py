@@ -22,8 +22,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 REPO = Path(__file__).parent.parent
 TIMED_OUT = 124  # as of timeout(1)
@@ -59,6 +61,7 @@ class Zygote:
         **environment: str,
     ) -> Done:
         """Run ``medvlm ARGUMENTS``, or a Python ``script`` file, on ``ranks`` ranks (None: outside of any launcher).
+        The proof of an export is `forked`, too, unless ``FRESH`` is in ``environment``.
 
         ``file_size``: bytes at which every file is cut, as by a full disk.
         As torchrun does, ends the others, ``grace`` seconds after one has failed; the status is that of the first.
@@ -85,6 +88,11 @@ class Zygote:
         return Done(status, read["stdout"], read["stderr"])
 
 
+def forked(command: list[str], run: Callable[..., Done]) -> Done:
+    """For a Python script in a process of its own, which would import for seconds: forked from one that has."""
+    return run(list(map(str, command[2:])), script=command[1])
+
+
 @functools.cache
 def zygote() -> Zygote:
     """One for the whole test session; it ends when its standard input closes."""
@@ -94,7 +102,7 @@ def zygote() -> Zygote:
 def _serve() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what is printed by imports is no answer
-    import deepspeed  # noqa: F401
+    import deepspeed
     import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401  (which any run imports, and torch's compiler with it)
     import peft  # noqa: F401
     import torch.utils.tensorboard  # noqa: F401
@@ -102,6 +110,7 @@ def _serve() -> None:
     import transformers.models.siglip.modeling_siglip  # noqa: F401
 
     import medvlm.cli
+    import medvlm.export.dual_encoder
     import medvlm.export.llava
     import medvlm.training.loop  # noqa: F401
 
@@ -111,6 +120,15 @@ def _serve() -> None:
         request = json.loads(line)
         answers.write(json.dumps(_run(request)) + "\n")
         answers.flush()
+
+
+def _run_here(arguments: list[str], script: str) -> Done:
+    """As `Zygote.run`, in a process that was forked from the zygote."""
+    faulthandler.cancel_dump_traceback_later()  # its thread would be missing in a fork, and be waited for
+    with tempfile.TemporaryDirectory() as folder:
+        request = {"arguments": arguments, "script": script, "ranks": None, "timeout": 300, "file_size": None}
+        status = _run({**request, "grace": 10, "environment": {}, "folder": folder})
+        return Done(status, *((Path(folder) / f"{name}-0").read_text() for name in ("stdout", "stderr")))
 
 
 def _run(request: dict) -> int:
@@ -158,6 +176,10 @@ def _child(request: dict, rank: int, environment: dict[str, str]) -> None:
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     faulthandler.dump_traceback_later(request["timeout"] * 0.95)  # where it hung, before it is killed
     sys.argv = [request["script"] or "medvlm", *request["arguments"]]
+    if "FRESH" not in os.environ:
+        from medvlm.export import writing
+
+        writing.subprocess = SimpleNamespace(run=lambda command, **_: forked(command, _run_here))
     code = 1
     try:
         if request["script"]:
