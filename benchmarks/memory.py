@@ -59,6 +59,7 @@ CASES: dict[str, tuple[str, int, int, dict[str, str]]] = {  # ZeRO, precision an
     "zero1 fp32": ("zero1", 2, 256, {}),
     "zero2 fp32": ("zero2", 2, 256, {}),
     "zero3 fp32": ("zero3", 2, 256, {}),
+    "zero0 bf16": ("zero0", 2, 256, {"training.precision": "bf16"}),
     "zero1 bf16": ("zero1", 2, 256, {"training.precision": "bf16"}),
     "zero2 bf16": ("zero2", 2, 256, {"training.precision": "bf16"}),
     "zero3 bf16": ("zero3", 2, 256, {"training.precision": "bf16"}),
