@@ -1,9 +1,9 @@
 """Hugging Face models as parts: from a hub name, a folder or a configuration, whole or born sharded under ZeRO-3."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
-from unittest import mock
 
 import torch
 import transformers
@@ -78,11 +78,22 @@ def load_tower(part: Backbone, config: Any, dtype: Dtype, field: str, **options:
     cls = transformers.MODEL_MAPPING[type(config)]
     model = load_whole(cls, path, f"{field}.path", dtype, config=config, **options)
     if dtype != torch.float32 and any(_statistics(model)):
-        with mock.patch.object(integration, "_hf_deepspeed_config_weak_ref", None):  # nor made by ZeRO-3
+        with _not_sharded():
             exact = load_whole(cls, path, f"{field}.path", torch.float32, config=config, **options)
         for (norm, name), (same, _) in zip(_statistics(model), _statistics(exact), strict=True):
             setattr(norm, name, getattr(same, name))
     return model
+
+
+@contextmanager
+def _not_sharded() -> Iterator[None]:
+    """While this lasts, transformers builds models whole, though ZeRO-3 is switched on."""
+    switch = integration._hf_deepspeed_config_weak_ref
+    integration.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        integration._hf_deepspeed_config_weak_ref = switch
 
 
 def _statistics(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
