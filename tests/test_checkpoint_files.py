@@ -157,6 +157,17 @@ def test_leftovers_of_a_killed_run_are_removed_at_the_next_start(run):
     assert not list((run / "checkpoints").glob("*.partial"))
 
 
+def test_leftovers_are_told_from_what_other_ranks_are_writing(tmp_path):
+    """Rank 0 looks for them after a checkpoint, when another rank may be at work on the next."""
+    places = [tmp_path / "checkpoints" / f"{name}.partial" for name in ("step-00000003", "step-00000008", "frozen-1")]
+    for place in places:
+        place.mkdir(parents=True)
+    checkpoint.clean(tmp_path, before=6)
+    assert [place.exists() for place in places] == [False, True, True]
+    checkpoint.clean(tmp_path)
+    assert not any(place.exists() for place in places)
+
+
 def test_two_runs_in_one_folder_are_refused(run):
     with (run / ".lock").open("a") as file:
         file.write(" of another test")

@@ -196,11 +196,13 @@ def remove(path: Path) -> None:
     shutil.rmtree(gone)
 
 
-def clean(run: Path) -> None:
-    """Remove what a killed run left unfinished, or could not remove. For one process, while nothing writes there."""
+def clean(run: Path, before: int | None = None) -> None:
+    """Remove what a killed run left unfinished, or could not remove. For one process, while nothing writes in the run,
+    or no other than checkpoints of the step ``before`` and later."""
     try:
         for path in (run / "checkpoints").glob("*.partial"):
-            shutil.rmtree(path)
+            if before is None or (path.stem.startswith("step-") and step_of(path.with_suffix("")) < before):
+                shutil.rmtree(path)
     except OSError as error:  # nothing reads it; the next checkpoint tries again
         print(f"warning: what is left of an old checkpoint could not be removed: {error}", flush=True)
 

@@ -138,7 +138,7 @@ class Saver:
             self._give_up(problem)
         self.saved = self.step
         if distributed.rank() == 0:
-            clean(self.run)
+            clean(self.run, before=self.step)  # other ranks may be at work on the next
             try:
                 prune(self.run, self.keep, self.every)
             except OSError as error:  # of what is old; the new one is whole
