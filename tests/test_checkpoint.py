@@ -99,6 +99,8 @@ def adapted(tmp_path_factory) -> Path:
     make_shards(folder / "shards")
     values = {k: v for k, v in LLAMA.items() if k != "model_type"}
     AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **values)).save_pretrained(folder / "llama")
+    config = json.loads((folder / "llama" / "config.json").read_text())  # files in fp32, whatever it says
+    (folder / "llama" / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}))
     launch(adapted_recipe(folder, "adapted"))
     return folder
 

@@ -135,8 +135,9 @@ def test_what_cannot_be_pruned_is_said_and_training_goes_on(run):
 
 
 def test_ranks_that_see_other_checkpoints_wait_for_each_other_and_do_not_start_otherwise(run, tmp_path):
-    late = {"script": hooks.SCRIPT, "HOOK": "medvlm.training.checkpoint:to_resume 1 1 nothing"}
-    assert "finished at step 7" in resume_of(run, "training.steps=7", "--allow-change", **late)
+    for step, seen in ((7, "nothing"), (8, "wrong")):  # not yet there; there in part
+        late = {"script": hooks.SCRIPT, "HOOK": f"medvlm.training.checkpoint:to_resume 1 1 {seen}"}
+        assert f"finished at step {step}" in resume_of(run, f"training.steps={step}", "--allow-change", **late)
     script = tmp_path / "impatient.py"
     script.write_text(
         "import runpy\n"
@@ -146,7 +147,7 @@ def test_ranks_that_see_other_checkpoints_wait_for_each_other_and_do_not_start_o
     )
     never = {"script": str(script), "HOOK": "medvlm.training.checkpoint:to_resume 0 1 nothing"}
     said = resume_of(run, fails=True, **never)
-    assert "its newest checkpoint is step-00000007 to rank 0 and none to rank 1" in said
+    assert "its newest checkpoint is step-00000008 to rank 0 and none to rank 1" in said
     assert said.count("medvlm: error:") == 1 and "Traceback" not in said
 
 

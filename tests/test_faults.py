@@ -204,7 +204,7 @@ def test_a_rollback_past_a_damaged_checkpoint_says_so_and_goes_on(world):
     recipe, folder = make_recipe(world, "damaged", **options), world / "runs" / "damaged"
     done = run(recipe, hook=f"{UPDATE} 5 0 damage,{FORWARD} 11 0 spike", RUN=str(folder))
     assert done.returncode == 0, done.stderr
-    assert "back to step-00000002, and on from there with step 7 (step-00000004 is damaged, and" in done.stdout
+    assert "back to step-00000002, and on from there with step 7 (damaged: step-00000004)" in done.stdout
     assert [row["step"] for row in rows(recipe) if "skipped" in row] == [3, 4, 5, 6]
     kept = checkpoint.step_folders(folder)
     assert kept == checkpoint.checkpoints(folder) and kept[-1].name == "step-00000008"

@@ -148,13 +148,15 @@ def _run(request: dict) -> int:
     end, failed = time.monotonic() + request["timeout"], 0
     grace = end
     while children:
-        pid, status = os.waitpid(-1, os.WNOHANG)
-        if pid:
+        ended = [(pid, status) for pid, status in (os.waitpid(child, os.WNOHANG) for child in children) if pid]
+        for pid, status in ended:
             code = os.waitstatus_to_exitcode(status)
-            children.pop(pid, None)
+            children.pop(pid)
             if code and not failed:
                 failed, grace = code, time.monotonic() + request["grace"]
-        elif time.monotonic() > grace:
+        if ended:
+            continue
+        if time.monotonic() > grace:
             failed = failed or TIMED_OUT
             for child in children:
                 os.kill(child, signal.SIGKILL)

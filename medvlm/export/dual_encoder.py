@@ -74,8 +74,8 @@ def export_run(run: Path, out: Path, tag: str | None = None, ema: bool = False, 
     assert isinstance(config.model, DualEncoderRecipe)
     parts = build_components(config.model, config.objective)
     stored = checkpoint.consolidate(source, ema=ema)
-    load = partial(load_backbone, config.model, parts, dtype="auto")
-    values = checkpoint.StockWeights(stored, merge=True, built=pretrained_parts(stored, load))
+    frozen = pretrained_parts(stored, config.model, partial(load_backbone, config.model, parts))
+    values = checkpoint.StockWeights(stored, merge=True, built=frozen)
     expected = answers(trained_model(config, parts, stored), parts) if prove else None
     buffers = stored_buffers(config.model, parts, source)
 

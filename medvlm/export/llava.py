@@ -48,8 +48,8 @@ def export_run(run: Path, out: Path, tag: str | None = None, ema: bool = False, 
     config, source = open_run(run, out, tag)
     parts = build_components(config.llava)
     weights = checkpoint.consolidate(source, ema=ema)
-    load = partial(load_backbone, config.llava, parts, dtype="auto")
-    values = checkpoint.StockWeights(weights, merge=True, built=pretrained_parts(weights, load))
+    frozen = pretrained_parts(weights, config.llava, partial(load_backbone, config.llava, parts))
+    values = checkpoint.StockWeights(weights, merge=True, built=frozen)
     expected = answers(trained_model(config, parts, weights), parts) if prove else None
     buffers = stored_buffers(parts, source)
 

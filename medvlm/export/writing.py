@@ -13,8 +13,10 @@ import yaml
 from torch import Tensor, nn
 from transformers.core_model_loading import revert_weight_conversion
 
+from medvlm.config.model import Model
 from medvlm.config.schema import RunConfig
 from medvlm.errors import UserError
+from medvlm.models.backbones import stored_dtype, tower_path
 from medvlm.training import checkpoint
 from medvlm.training.checkpoint import frozen
 from medvlm.training.checkpoint.fragments import persistent_buffers
@@ -38,15 +40,17 @@ def open_run(run: Path, out: Path, tag: str | None) -> tuple[RunConfig, Path]:
     return config, source
 
 
-def pretrained_parts(weights: checkpoint.Weights, load: Callable[[str], nn.Module]) -> nn.Module | None:
-    """The parts of a model of which a checkpoint leaves weights to pretrained folders, each as ``load`` gives it; None
-    if there are none. Raises UserError where they are not what was trained with."""
+def pretrained_parts(
+    weights: checkpoint.Weights, config: Model, load: Callable[[str, torch.dtype], nn.Module]
+) -> nn.Module | None:
+    """The parts of a model of which a checkpoint leaves weights to pretrained folders, each as ``load`` gives it in the
+    type it is stored in; None if there are none. Raises UserError where they are not what was trained with."""
     names = {stock_name(name) for name in weights.absent}
     if not names:
         return None
     found = nn.Module()
     for part in sorted({name.partition(".")[0] for name in names}):
-        found.add_module(part, load(part))
+        found.add_module(part, load(part, stored_dtype(tower_path(getattr(config, part).path))))
     frozen.compare(weights.origin, frozen.digests(found, names), str(weights.path))
     return found
 

@@ -3,10 +3,11 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import transformers
+from safetensors import safe_open
 from torch import nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, SiglipTextConfig, SiglipTextModel
 from transformers.integrations import deepspeed as integration
@@ -23,8 +24,7 @@ IMAGE_PROCESSORS = {
     "swin": "ViTImageProcessor",
 }
 CONVOLUTIONAL = "resnet"
-Dtype = torch.dtype | Literal["auto"]
-"""Of weights; "auto" is that of a folder, whose files are then mapped into memory and take none until they are read."""
+FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # as safetensors calls them
 WHOLE_IMAGE_BELOW = 384  # ConvNextImageProcessor crops smaller images out of larger ones
 IMAGE_SIZE = 224  # of a convolutional tower from scratch, which takes any
 AutoModel.register(SiglipTextConfig, SiglipTextModel, exist_ok=True)  # transformers lists only its vision tower
@@ -69,7 +69,19 @@ def feature_width(vision: Any) -> int:
     return vision.hidden_sizes[-1] if vision.model_type == CONVOLUTIONAL else vision.hidden_size
 
 
-def load_tower(part: Backbone, config: Any, dtype: Dtype, field: str, **options: Any) -> Any:
+def stored_dtype(path: str) -> torch.dtype:
+    """The type of all weights in a folder's files, which are then mapped into memory and take none until they are read;
+    float32, which holds every other exactly, where they have several, or are not a local folder's safetensors. What its
+    ``config.json`` says may be another."""
+    found = set()
+    for name in Path(path).glob("*.safetensors"):
+        with safe_open(name, "pt") as file:
+            found |= {file.get_slice(key).get_dtype() for key in file.keys()}  # noqa: SIM118  (it is no mapping)
+    kinds = {kind for kind in found if not kind.startswith(("I", "U", "BOOL"))}
+    return FLOATS.get(kinds.pop(), torch.float32) if len(kinds) == 1 else torch.float32
+
+
+def load_tower(part: Backbone, config: Any, dtype: torch.dtype, field: str, **options: Any) -> Any:
     """A model without output layers, such as half of a CLIP or SigLIP. Running statistics of batches are in fp32 as its
     folder has them, whatever ``dtype``. Raises UserError where a weight is absent."""
     if part.path is None:
@@ -102,7 +114,7 @@ def _statistics(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
         yield from ((module, name) for name in ("running_mean", "running_var") if name in module._buffers)
 
 
-def load_whole(auto: Any, path: str, field: str, dtype: Dtype, **options: Any) -> Any:
+def load_whole(auto: Any, path: str, field: str, dtype: torch.dtype, **options: Any) -> Any:
     """By an auto class or a class of transformers. Raises UserError where the folder lacks a weight of the model."""
     model, info = load(auto, path, field, dtype=dtype, output_loading_info=True, **options)
     # A tied layer is listed as missing by some versions though it shares the input embedding.

@@ -12,9 +12,9 @@ class BatchNorm2d(nn.BatchNorm2d):
     """In training, statistics are those of all ranks' rows, whose numbers may differ; every rank calls it.
 
     A frozen layer, whose weight takes no gradient, and one that is ``fixed`` use their running statistics and keep
-    them. These change only where
-    gradients are enabled, so that a pass without them (gradient caching runs one first) leaves no trace; all ranks
-    compute the same. They stay in fp32 whatever the type of the weights: in bf16 small updates would be lost.
+    them. These change only where gradients are enabled, so that a pass without them (gradient caching runs one first)
+    leaves no trace; all ranks compute the same. They stay in fp32 whatever the type of the weights: in bf16 small
+    updates would be lost.
     """
 
     fixed = False

@@ -16,7 +16,6 @@ from medvlm.data.conversation import multimodal_template
 from medvlm.data.schema import IMAGE_MARK
 from medvlm.errors import UserError
 from medvlm.models.backbones import (
-    Dtype,
     backbone_config,
     feature_width,
     from_scratch,
@@ -176,14 +175,14 @@ def build_model(
     return model
 
 
-def load_backbone(config: Llava, parts: Components, part: str, dtype: Dtype, attention: str | None = None) -> Any:
+def load_backbone(config: Llava, parts: Components, part: str, dtype: torch.dtype, attention: str | None = None) -> Any:
     """The vision tower or the language model, for which ``attention`` is: pretrained or from scratch."""
     if part == "vision_tower":
         return load_tower(config.vision_tower, parts.vision_config, dtype, "model.vision_tower")
     return _language_model(config.language_model, parts.text_config, dtype, attention)
 
 
-def _language_model(part: LanguageModel, config: Any, dtype: Dtype, attention: str | None) -> Any:
+def _language_model(part: LanguageModel, config: Any, dtype: torch.dtype, attention: str | None) -> Any:
     options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention}
     if part.path is None:
         return AutoModelForCausalLM.from_config(config, **options)

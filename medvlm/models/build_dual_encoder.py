@@ -15,7 +15,6 @@ from medvlm.config.objective import Objective
 from medvlm.errors import UserError
 from medvlm.models.backbones import (
     CONVOLUTIONAL,
-    Dtype,
     backbone_config,
     feature_width,
     image_processor_of,
@@ -114,7 +113,7 @@ def build_model(
     return model
 
 
-def load_backbone(config: DualEncoder, parts: DualComponents, part: str, dtype: Dtype) -> Any:
+def load_backbone(config: DualEncoder, parts: DualComponents, part: str, dtype: torch.dtype) -> Any:
     """The vision or the text tower: pretrained or from scratch."""
     tower, given = getattr(config, part), parts.vision_config if part == "vision_tower" else parts.text_config
     if part == "vision_tower" or not parts.masked:

@@ -54,6 +54,15 @@ class DualEncoderModel(JointSpace, nn.Module):
         self.mean, self.std = mean, std
         convert_batch_norm(self)
 
+    def train(self, mode: bool = True) -> "DualEncoderModel":
+        """A frozen tower stays as it is in use: its dropout, or Swin's stochastic depth, would be noise on features
+        that cannot learn from it."""
+        super().train(mode)
+        for tower in (self.vision_tower, self.text_tower):
+            if not any(p.requires_grad for p in tower.parameters()):
+                tower.eval()
+        return self
+
     @property
     def text_encoder(self) -> Any:
         """Of a masked language model, what is below its output layer."""

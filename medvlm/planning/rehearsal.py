@@ -98,9 +98,10 @@ def rehearse_here(job: Job) -> Rehearsal:
     with tempfile.TemporaryDirectory() as drive:  # DeepSpeed makes its folders there, and deletes what it finds
         zero = dict(job.ds_config["zero_optimization"])
         for place in ("offload_optimizer", "offload_param"):
-            if zero.get(place, {}).get("device") == "nvme":
+            if (zero.get(place) or {}).get("device") == "nvme":
                 zero[place] = {**zero[place], "nvme_path": drive}
-        return _rehearse(dataclasses.replace(job, ds_config={**job.ds_config, "zero_optimization": zero}))
+        config = {key: value for key, value in job.ds_config.items() if key != "aio"}  # GPUDirect needs a compiler
+        return _rehearse(dataclasses.replace(job, ds_config={**config, "zero_optimization": zero}))
 
 
 def _rehearse(job: Job) -> Rehearsal:

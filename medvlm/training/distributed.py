@@ -44,10 +44,11 @@ def start() -> None:
         if os.environ["WORLD_SIZE"] != "1":
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["WORLD_SIZE"])))
     try:
-        backend, store = "nccl" if torch.cuda.is_available() else "gloo", _meet()
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
         mine, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         # as DeepSpeed would: NCCL has to know the device before the first collective, but where there is no other rank
         bound = device() if backend == "nccl" and world > 1 else None
+        store = _meet()
         torch.distributed.init_process_group(
             backend, store=store, timeout=TIMEOUT, rank=mine, world_size=world, device_id=bound
         )

@@ -123,8 +123,10 @@ class Guard:
         ``suspects``: keys of this rank's batches whose loss is not finite; ``keys``: of the whole step. All ranks call
         this.
         """
-        whole, every = checkpoint.checkpoints(self.run)[-1:], checkpoint.step_folders(self.run)
-        told = distributed.gather((list(suspects), whole, [path for path in every if path not in whole]))
+        every, whole = [], []
+        if distributed.rank() == 0:  # which may still be removing old ones
+            every, whole = checkpoint.step_folders(self.run), checkpoint.checkpoints(self.run)
+        told = distributed.gather((list(suspects), whole[-1:], [path for path in every if path not in whole]))
         found = {rank: mine for rank, (mine, *_) in enumerate(told) if mine}
         whose = "; ".join(f"rank {rank}: {_some(mine)}" for rank, mine in found.items()) or _some(keys)
         text = f"step {step + 1}: {verdict.reason} (samples of {whose})"
@@ -140,7 +142,7 @@ class Guard:
             row |= {"action": "rollback", "from": checkpoint.step_of(back) + 1}
             text += f"; back to {back.name}, and on from there with step {step + 2}"
             if damaged := [path.name for path in told[0][2] if path.name > back.name]:
-                text += f" ({damaged[0]} is damaged, and is removed)"
+                text += f" (damaged: {', '.join(damaged)})"
         row["keys"] = [key for mine in found.values() for key in mine] or list(keys)
         if not any((r["step"], r["action"]) == (row["step"], row["action"]) for r in self.rows):
             self.rows.append(row)

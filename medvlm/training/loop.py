@@ -159,7 +159,10 @@ def _roll_back(session: Session, parts: Parts, back: Path) -> None:
     watch.enter("rollback", session.step)
     session.step = checkpoint.resume(session.engine, back, session.manifest)
     if distributed.rank() == 0:  # a newer one that was damaged would be in the way of those to come
-        checkpoint.remove_after(session.run, session.step)
+        try:
+            checkpoint.remove_after(session.run, session.step)
+        except OSError as error:
+            print(f"warning: a damaged checkpoint could not be removed: {error}", flush=True)
     distributed.barrier()
     parts.saver.saved = session.step
     parts.guard.begin(session.step)

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,8 +36,7 @@ from medvlm.training.run_lock import lock_run
 from medvlm.training.schedule import Rate
 
 OFF: tuple[Any, ...] = (None, {"enabled": False}, {"enabled": "auto"})
-PATIENCE = 60.0
-CheckpointFolder = TypeVar("CheckpointFolder", Path, Path | None)
+PATIENCE = 60.0  # seconds for a network drive to show a checkpoint to all nodes
 SECTIONS = ("zero_optimization", "activation_checkpointing", "aio", "communication_data_type")
 
 
@@ -113,6 +112,7 @@ def start(config: RunConfig, allow_change: bool = False) -> Session:
     if config.model.init_from and not found:
         init = Path(config.model.init_from)
         source = seen_by_all(init, lambda: checkpoint.newest(init))
+        assert source is not None
         weights = checkpoint.StockWeights(checkpoint.consolidate(source), merge=True)
         checkpoint.load_weights(model, weights, str(source))
     summaries, groups = prepare(model, config, parts)
@@ -124,9 +124,10 @@ def start(config: RunConfig, allow_change: bool = False) -> Session:
     owners = {id(p): group["name"] for group in groups for p in group["params"]}
     total = total_steps(config, plan)
     group_rates = rates(groups, config, total)
-    given = make_optimizer(groups, config, stage, offload_device(ds_config))
+    offload = offload_device(ds_config)
+    given = make_optimizer(groups, config, stage, offload)
     towers = {part: getattr(model, part) for part in backbones(config.model) if part != "language_model"}
-    model.choices = (*model.choices, *tower_lines(towers), optimizer_line(given, offload_device(ds_config)))
+    model.choices = (*model.choices, *tower_lines(towers), optimizer_line(given, offload))
     engine, optimizer, *_ = distributed.deepspeed.initialize(model=model, optimizer=given, config=ds_config)
     forget_first_step(engine)
     if config.training.compile:
@@ -149,7 +150,7 @@ def start(config: RunConfig, allow_change: bool = False) -> Session:
         summaries=summaries,
         rates=group_rates,
         owners=owners,
-        offload=offload_device(ds_config) != "none",
+        offload=offload != "none",
         manifest=manifest,
         accumulation=ds_config["gradient_accumulation_steps"],
         total=total,
@@ -157,21 +158,29 @@ def start(config: RunConfig, allow_change: bool = False) -> Session:
     )
 
 
-def seen_by_all(run: Path, look: Callable[[], CheckpointFolder]) -> CheckpointFolder:
+def seen_by_all(run: Path, look: Callable[[], Path | None]) -> Path | None:
     """The checkpoint of a run that ``look`` finds, once all ranks find the same: on a network drive, other nodes see a
     new folder some seconds late. Raises UserError where they still differ after PATIENCE seconds."""
     end = time.monotonic() + PATIENCE
     while True:
-        found = look()
-        seen = distributed.gather((found.name if found else "none", time.monotonic() > end))
-        names = [name for name, _ in seen]
-        if len(set(names)) == 1:
+        found, trouble = None, ""
+        try:
+            found = look()
+        except UserError as error:  # it may be there in part
+            trouble = str(error)
+        seen = distributed.gather((found.name if found else "none", trouble, time.monotonic() > end))
+        views = [view[:2] for view in seen]
+        if len(set(views)) == 1 and not trouble:
             return found
-        if seen[0][1]:
-            other = next(rank for rank, name in enumerate(names) if name != names[0])
+        if len(set(views)) == 1:
+            raise UserError(trouble)
+        if seen[0][2]:
+            other = next(rank for rank, view in enumerate(views) if view != views[0])
+            (mine, _), (its, why) = views[0], views[other]
+            its = f"{its} to rank {other}" + (f" ({why})" if why else "")
             raise UserError(
-                f"{run}: its newest checkpoint is {names[0]} to rank 0 and {names[other]} to rank {other}; is it on a "
-                "drive that all nodes share? If so, start again once all of them see the same"
+                f"{run}: its newest checkpoint is {mine} to rank 0 and {its}; is it on a drive that all nodes share? "
+                "If so, start again once all of them see the same"
             )
         time.sleep(1)
 
@@ -186,7 +195,7 @@ def prepare(model: nn.Module, config: RunConfig, parts: Any) -> tuple[list[PartS
 
 def offload_device(ds_config: dict[str, Any]) -> str:
     """Where the optimizer's states are: none, cpu or nvme."""
-    return ds_config["zero_optimization"].get("offload_optimizer", {}).get("device", "none")
+    return (ds_config["zero_optimization"].get("offload_optimizer") or {}).get("device", "none")
 
 
 def prepare_drive(ds_config: dict[str, Any], run: str) -> None:
@@ -196,7 +205,7 @@ def prepare_drive(ds_config: dict[str, Any], run: str) -> None:
     """
     zero = ds_config["zero_optimization"]
     for place in ("offload_optimizer", "offload_param"):
-        if zero.get(place, {}).get("device") != "nvme":
+        if (zero.get(place) or {}).get("device") != "nvme":
             continue
         folder = Path(zero[place].get("nvme_path", ""))
         if not (folder.is_dir() and os.access(folder, os.W_OK)):

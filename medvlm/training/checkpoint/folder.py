@@ -10,6 +10,7 @@ A folder gets its final name by a rename after everything in it is on the disk.
 import hashlib
 import json
 import os
+import re
 import shutil
 import zlib
 from collections.abc import Iterable
@@ -136,11 +137,12 @@ def missing(path: Path) -> str:
     if record.get("format") != FORMAT:
         return ""  # `read_manifest` says so
     for name, values in record["files"].items():
-        file = path / name
-        if not file.exists():
+        try:
+            size = (path / name).stat().st_size
+        except FileNotFoundError:
             return f"{name} is missing"
-        if file.stat().st_size != values["size"]:
-            return f"{name} has {file.stat().st_size} bytes instead of {values['size']}"
+        if size != values["size"]:
+            return f"{name} has {size} bytes instead of {values['size']}"
     frozen = frozen_folder(path, record)
     if frozen and (problem := missing(frozen)):
         return f"of its frozen weights in {frozen}, {problem}"
@@ -199,12 +201,14 @@ def remove(path: Path) -> None:
 def clean(run: Path, before: int | None = None) -> None:
     """Remove what a killed run left unfinished, or could not remove. For one process, while nothing writes in the run,
     or no other than checkpoints of the step ``before`` and later."""
-    try:
-        for path in (run / "checkpoints").glob("*.partial"):
-            if before is None or (path.stem.startswith("step-") and step_of(path.with_suffix("")) < before):
-                shutil.rmtree(path)
-    except OSError as error:  # nothing reads it; the next checkpoint tries again
-        print(f"warning: what is left of an old checkpoint could not be removed: {error}", flush=True)
+    for path in (run / "checkpoints").glob("*.partial"):
+        step = re.fullmatch(r"step-(\d+)", path.stem)
+        if before is not None and not (step and int(step[1]) < before):
+            continue
+        try:
+            shutil.rmtree(path)
+        except OSError as error:  # nothing reads it; the next checkpoint tries again
+            print(f"warning: what is left of an old checkpoint could not be removed: {error}", flush=True)
 
 
 def prune(run: Path, keep: int, every: int | None = None) -> list[Path]:
