@@ -375,3 +375,11 @@ def test_a_convolutional_tower_has_no_layers_to_recompute(tmp_path):
 def test_towers_attend_by_the_kernel_that_transformers_chooses(tmp_path, vision):
     _, _, model = built(tmp_path, VISION[vision], BERT)
     assert model.vision_tower.config._attn_implementation == model.text_tower.config._attn_implementation == "sdpa"
+
+
+def test_a_frozen_tower_stays_in_evaluation_mode(tmp_path):
+    config = dual_config(tmp_path, VIT, BERT, text_tower__train="frozen")
+    parts = build_components(config, None)
+    model = build_model(config, parts, torch.float32)
+    apply_trainable(model, config, parts.unused)
+    assert model.training and model.vision_tower.training and not model.text_tower.training

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from medvlm.config.model import Model
 from medvlm.errors import UserError
-from medvlm.export.llava import stock_name, stored_buffers, trained_model, values_of_identity, verify, write_llava
+from medvlm.export.llava import stock_name, tower_buffers, trained_model, values_of_identity, verify, write_llava
 from medvlm.export.writing import open_run
 from medvlm.models import lora
 from medvlm.models.build import build_components
@@ -44,7 +44,7 @@ def export_adapter(
     frozen = base or staging / "base"
     if base is None:
         frozen.mkdir()
-        write_llava(frozen, plain, parts, config, buffers=stored_buffers(parts, source))
+        write_llava(frozen, plain, parts, config, buffers=tower_buffers(parts, source))
     tensors = {adapter_name(name): value for name, value in state.items() if lora.is_adapter(name)}
     whole = _whole_modules(config.model)
     for name, value in [*plain.items(), *values_of_identity(config, parts)] if whole else []:

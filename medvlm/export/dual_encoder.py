@@ -32,15 +32,13 @@ from medvlm.data.images import ImageTransform
 from medvlm.errors import UserError
 from medvlm.export import dual_encoder_modeling as modeling
 from medvlm.export.dual_encoder_card import LABELS, dual_encoder_card
-from medvlm.export.writing import TOLERANCE, fresh_process, open_run, pretrained_parts, write_weights
+from medvlm.export.writing import TOLERANCE, fresh_process, open_run, pretrained_parts, stored_buffers, write_weights
 from medvlm.models.backbones import TOWER
 from medvlm.models.build_dual_encoder import DualComponents, build_components, build_model, load_backbone
 from medvlm.models.dual_encoder import DualEncoderModel
 from medvlm.models.joint_space import Similarity
 from medvlm.models.lora import add_adapters
 from medvlm.training import checkpoint
-from medvlm.training.checkpoint.fragments import persistent_buffers
-from medvlm.training.checkpoint.pieces import Pieces
 
 CODE = ("poolings", "prior_image", "heads", "joint_space")  # modules of `medvlm.models` that the modelling code imports
 MODELING = "dual_encoder_modeling"
@@ -77,7 +75,7 @@ def export_run(run: Path, out: Path, tag: str | None = None, ema: bool = False, 
     frozen = pretrained_parts(stored, config.model, partial(load_backbone, config.model, parts))
     values = checkpoint.StockWeights(stored, merge=True, built=frozen)
     expected = answers(trained_model(config, parts, stored), parts) if prove else None
-    buffers = stored_buffers(config.model, parts, source)
+    buffers = stored_buffers(build_on_meta(config.model, parts), source)
 
     trained = Trained(config.model, parts, values, buffers)
     staging = checkpoint.new_folder(out)
@@ -100,16 +98,7 @@ def trained_model(config: RunConfig, parts: DualComponents, weights: checkpoint.
     model = build_model(config.model, parts, torch.float32, seed=config.run.seed)
     add_adapters(model, config.model, parts.unused, config.run.seed)
     checkpoint.load_weights(model, weights, str(weights.path))
-    for name, values in stored_buffers(config.model, parts, weights.path).items():
-        model.get_buffer(name).copy_(values)
     return model.eval()
-
-
-def stored_buffers(config: DualEncoderRecipe, parts: DualComponents, source: Path) -> dict[str, Tensor]:
-    """What a checkpoint holds beside its parameters, by our names."""
-    shapes = persistent_buffers(build_on_meta(config, parts))
-    pieces = Pieces(source)
-    return {name: pieces.whole("buffer", name).view(value.shape) for name, value in shapes.items()}
 
 
 def build_on_meta(config: DualEncoderRecipe, parts: DualComponents) -> DualEncoderModel:

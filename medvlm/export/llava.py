@@ -26,14 +26,12 @@ from medvlm.data.schema import make_message
 from medvlm.errors import UserError
 from medvlm.export import llava_modeling as modeling
 from medvlm.export.model_card import model_card
-from medvlm.export.writing import TOLERANCE, fresh_process, open_run, pretrained_parts, write_weights
+from medvlm.export.writing import TOLERANCE, fresh_process, open_run, pretrained_parts, stored_buffers, write_weights
 from medvlm.models.backbones import CONVOLUTIONAL
 from medvlm.models.build import Components, build_components, build_plain_model, load_backbone
 from medvlm.models.lora import add_adapters
 from medvlm.models.vision_language_model import VisionLanguageModel
 from medvlm.training import checkpoint
-from medvlm.training.checkpoint.fragments import persistent_buffers
-from medvlm.training.checkpoint.pieces import Pieces
 
 QUESTION = "Is there a pleural effusion?"
 
@@ -51,7 +49,7 @@ def export_run(run: Path, out: Path, tag: str | None = None, ema: bool = False, 
     frozen = pretrained_parts(weights, config.llava, partial(load_backbone, config.llava, parts))
     values = checkpoint.StockWeights(weights, merge=True, built=frozen)
     expected = answers(trained_model(config, parts, weights), parts) if prove else None
-    buffers = stored_buffers(parts, source)
+    buffers = tower_buffers(parts, source)
 
     staging = checkpoint.new_folder(out)
     bf16 = checkpoint.read_manifest(source)["bf16"]
@@ -77,13 +75,11 @@ def trained_model(config: RunConfig, parts: Components, weights: checkpoint.Weig
     return model.eval()
 
 
-def stored_buffers(parts: Components, source: Path) -> dict[str, Tensor]:
-    """What a checkpoint holds beside its parameters, by our names: the tower's running statistics."""
+def tower_buffers(parts: Components, source: Path) -> dict[str, Tensor]:
+    """The vision tower's running statistics in a checkpoint, by our names."""
     with torch.device("meta"):
-        shapes = persistent_buffers(transformers.AutoModel.from_config(parts.vision_config))
-    pieces = Pieces(source)
-    names = {f"vision_tower.{name}": value.shape for name, value in shapes.items()}
-    return {name: pieces.whole("buffer", name).view(shape) for name, shape in names.items()}
+        tower = transformers.AutoModel.from_config(parts.vision_config)
+    return stored_buffers(tower, source, "vision_tower.")
 
 
 def llava_config(parts: Components, config: RunConfig, cls: type[LlavaConfig] = LlavaConfig) -> LlavaConfig:

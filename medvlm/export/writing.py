@@ -16,10 +16,12 @@ from transformers.core_model_loading import revert_weight_conversion
 from medvlm.config.model import Model
 from medvlm.config.schema import RunConfig
 from medvlm.errors import UserError
-from medvlm.models.backbones import stored_dtype, tower_path
+from medvlm.models.backbones import tower_path
 from medvlm.training import checkpoint
 from medvlm.training.checkpoint import frozen
+from medvlm.training.checkpoint.files import SafetensorsFile
 from medvlm.training.checkpoint.fragments import persistent_buffers
+from medvlm.training.checkpoint.pieces import Pieces
 from medvlm.training.checkpoint.stock import stock_name
 
 TOLERANCE = 1e-5
@@ -53,6 +55,23 @@ def pretrained_parts(
         found.add_module(part, load(part, stored_dtype(tower_path(getattr(config, part).path))))
     frozen.compare(weights.origin, frozen.digests(found, names), str(weights.path))
     return found
+
+
+def stored_dtype(path: str) -> torch.dtype:
+    """The type of all weights in a folder's files, which are then mapped into memory and take none until they are read;
+    float32, which holds every other exactly, where they have several, or are not a local folder's safetensors. What its
+    ``config.json`` says may be another."""
+    files = [SafetensorsFile(name) for name in Path(path).glob("*.safetensors")]
+    kinds = {kind for file in files for name in file if (kind := file.dtype(name)).is_floating_point}
+    return kinds.pop() if len(kinds) == 1 else torch.float32
+
+
+def stored_buffers(module: nn.Module, source: Path, prefix: str = "") -> dict[str, Tensor]:
+    """What a checkpoint holds beside its parameters, running statistics of batches, by our names: those of ``module``,
+    which may be on the meta device, behind ``prefix``."""
+    pieces = Pieces(source)
+    names = {prefix + name: value.shape for name, value in persistent_buffers(module).items()}
+    return {name: pieces.whole("buffer", name).view(shape) for name, shape in names.items()}
 
 
 def write_weights(

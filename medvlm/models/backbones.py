@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors import safe_open
 from torch import nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, SiglipTextConfig, SiglipTextModel
 from transformers.integrations import deepspeed as integration
@@ -24,7 +23,6 @@ IMAGE_PROCESSORS = {
     "swin": "ViTImageProcessor",
 }
 CONVOLUTIONAL = "resnet"
-FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # as safetensors calls them
 WHOLE_IMAGE_BELOW = 384  # ConvNextImageProcessor crops smaller images out of larger ones
 IMAGE_SIZE = 224  # of a convolutional tower from scratch, which takes any
 AutoModel.register(SiglipTextConfig, SiglipTextModel, exist_ok=True)  # transformers lists only its vision tower
@@ -69,18 +67,6 @@ def feature_width(vision: Any) -> int:
     return vision.hidden_sizes[-1] if vision.model_type == CONVOLUTIONAL else vision.hidden_size
 
 
-def stored_dtype(path: str) -> torch.dtype:
-    """The type of all weights in a folder's files, which are then mapped into memory and take none until they are read;
-    float32, which holds every other exactly, where they have several, or are not a local folder's safetensors. What its
-    ``config.json`` says may be another."""
-    found = set()
-    for name in Path(path).glob("*.safetensors"):
-        with safe_open(name, "pt") as file:
-            found |= {file.get_slice(key).get_dtype() for key in file.keys()}  # noqa: SIM118  (it is no mapping)
-    kinds = {kind for kind in found if not kind.startswith(("I", "U", "BOOL"))}
-    return FLOATS.get(kinds.pop(), torch.float32) if len(kinds) == 1 else torch.float32
-
-
 def load_tower(part: Backbone, config: Any, dtype: torch.dtype, field: str, **options: Any) -> Any:
     """A model without output layers, such as half of a CLIP or SigLIP. Running statistics of batches are in fp32 as its
     folder has them, whatever ``dtype``. Raises UserError where a weight is absent."""
@@ -106,6 +92,14 @@ def _not_sharded() -> Iterator[None]:
         yield
     finally:
         integration._hf_deepspeed_config_weak_ref = switch
+
+
+def rest_frozen(*backbones: nn.Module) -> None:
+    """One without trainable parameters stays in evaluation mode while others train: its dropout, or Swin's stochastic
+    depth, would be noise on features that cannot learn from it."""
+    for backbone in backbones:
+        if not any(p.requires_grad for p in backbone.parameters()):
+            backbone.eval()
 
 
 def _statistics(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:

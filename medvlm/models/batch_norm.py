@@ -52,7 +52,7 @@ def convert_batch_norm(model: nn.Module, *, fixed: bool = False) -> None:
         if type(module) is nn.BatchNorm2d:
             assert module.running_mean is not None and module.running_var is not None
             module.__class__ = BatchNorm2d
-            module.fixed = fixed  # type: ignore[assignment]
+            vars(module)["fixed"] = fixed
             module.running_mean, module.running_var = module.running_mean.float(), module.running_var.float()
 
 

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from medvlm.config.model import DualEncoder
+from medvlm.models.backbones import rest_frozen
 from medvlm.models.batch_norm import convert_batch_norm
 from medvlm.models.heads import Head, ImageHead
 from medvlm.models.joint_space import JointSpace, Similarity
@@ -55,12 +56,8 @@ class DualEncoderModel(JointSpace, nn.Module):
         convert_batch_norm(self)
 
     def train(self, mode: bool = True) -> "DualEncoderModel":
-        """A frozen tower stays as it is in use: its dropout, or Swin's stochastic depth, would be noise on features
-        that cannot learn from it."""
         super().train(mode)
-        for tower in (self.vision_tower, self.text_tower):
-            if not any(p.requires_grad for p in tower.parameters()):
-                tower.eval()
+        rest_frozen(self.vision_tower, self.text_tower)
         return self
 
     @property

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from medvlm.errors import UserError
 from medvlm.models.attention import VARLEN
+from medvlm.models.backbones import rest_frozen
 from medvlm.models.batch_norm import convert_batch_norm
 from medvlm.models.sequence_parallel import SequenceParallel
 from medvlm.objectives.language_modeling import (
@@ -88,11 +89,8 @@ class VisionLanguageModel(nn.Module):
         self.language_model.get_decoder().register_forward_pre_hook(_refuse_leaks, with_kwargs=True)
 
     def train(self, mode: bool = True) -> "VisionLanguageModel":
-        """A frozen tower stays as it is in use: its dropout, or Swin's stochastic depth, would be noise on features
-        that cannot learn from it."""
         super().train(mode)
-        if not any(p.requires_grad for p in self.vision_tower.parameters()):
-            self.vision_tower.eval()
+        rest_frozen(self.vision_tower)
         return self
 
     def image_features(self, pixel_values: Tensor) -> Tensor:

@@ -74,8 +74,7 @@ def make_plan(
     own = training.micro_batch_size
     sizes = sorted({m for m in (1, 2, 4, 8, 16, 32, 64, own) if per_rank % m == 0})
     ends = sorted({1, max(m for m in sizes if m <= max(4, own))})
-    modes = list(MODES)
-    modes += [training.zero] if training.zero not in modes else []
+    modes = list(dict.fromkeys((*MODES, training.zero)))
 
     def job(zero: str, micro: int, gpus: int) -> Job:
         return make_job(config, parts, machine.target, zero, micro, gpus, tokens, images)

@@ -105,6 +105,7 @@ def rehearse_here(job: Job) -> Rehearsal:
 
 
 def _rehearse(job: Job) -> Rehearsal:
+    """As `rehearse_here`, of a job that touches no drive."""
     from medvlm.training import distributed
     from medvlm.training.engine import shared_by_inits
     from medvlm.training.families import Pass, family_of

@@ -170,10 +170,10 @@ def seen_by_all(run: Path, look: Callable[[], Path | None]) -> Path | None:
             trouble = str(error)
         seen = distributed.gather((found.name if found else "none", trouble, time.monotonic() > end))
         views = [view[:2] for view in seen]
-        if len(set(views)) == 1 and not trouble:
-            return found
         if len(set(views)) == 1:
-            raise UserError(trouble)
+            if trouble:
+                raise UserError(trouble)
+            return found
         if seen[0][2]:
             other = next(rank for rank, view in enumerate(views) if view != views[0])
             (mine, _), (its, why) = views[0], views[other]
