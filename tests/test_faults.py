@@ -16,6 +16,9 @@ from plain import plain_pytorch
 from toy import make_recipe
 from zygote import Done, zygote
 
+from medvlm.config.changes import check_changes
+from medvlm.config.load import load_recipe
+from medvlm.errors import UserError
 from medvlm.training import checkpoint
 
 UPDATE = "medvlm.training.loop:update"
@@ -222,8 +225,6 @@ def test_a_spike_is_skipped_or_told(world, action, skipped):
 
 def test_a_changed_recipe_is_shown_and_refused_where_it_computes_something_else(recipe):
     assert run(recipe, "training.stop_after=1").returncode == 0
-    refused = run(recipe, "training.precision=bf16", "training.stop_after=2")
-    assert refused.returncode == 2 and "(training.precision: 'fp32' -> 'bf16');" in refused.stderr
     refused = run(recipe, "training.weight_decay=0.2", "data.workers=1", "training.stop_after=2")
     assert refused.returncode == 2 and steps(recipe) == [1]
     assert (
@@ -236,6 +237,16 @@ def test_a_changed_recipe_is_shown_and_refused_where_it_computes_something_else(
     )
     allowed = run(recipe, "training.weight_decay=0.2", "--allow-change")
     assert allowed.returncode == 0 and "training.weight_decay: 0.05 -> 0.2" in allowed.stdout
+
+
+def test_a_precision_that_auto_makes_another_is_a_change(recipe):
+    """As on a CPU after a GPU, of the same recipe."""
+    config = load_recipe(str(recipe), ["training.precision=auto"])
+    before = config.model_dump(mode="json")
+    assert check_changes(before, config, False, (True, True)) == []
+    with pytest.raises(UserError, match=r"another recipe \(training.precision: 'bf16' -> 'fp32'\);"):
+        check_changes(before, config, False, (True, False))
+    assert check_changes(before, config, True, (True, False)) == ["training.precision: 'bf16' -> 'fp32'"]
 
 
 def test_ranks_that_do_not_divide_the_batch_are_told_what_does(recipe):
