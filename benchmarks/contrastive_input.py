@@ -61,7 +61,7 @@ def ours(shards: Path, side: int, tokenizer: Any) -> Iterator[torch.Tensor]:
     reader = ShardReader(shards)
     order = itertools.cycle(torch.randperm(len(reader)).tolist())
     draws = ([(number, 0) for number in itertools.islice(order, BATCH)] for _ in itertools.count())
-    data = MicroBatches(reader, encoder, partial(collate_pairs, pad_id=0, image_size=side))
+    data = MicroBatches(reader, encoder, partial(collate_pairs, pad_id=0, image_size=side, max_length=77))
     for batch in load_batches(data, draws, WORKERS):
         assert not batch.quarantined, batch.quarantined[0]
         yield batch.pixel_values

@@ -16,6 +16,7 @@ from transformers import (
     SiglipConfig,
     SiglipImageProcessor,
     SiglipModel,
+    SiglipVisionConfig,
     SwinConfig,
     VisionTextDualEncoderConfig,
     VisionTextDualEncoderModel,
@@ -29,6 +30,7 @@ TOWERS = {
     "vit": ViTConfig,
     "clip": CLIPVisionConfig,
     "dinov2": Dinov2Config,
+    "siglip": SiglipVisionConfig,
     "swin": lambda **v: SwinConfig(
         image_size=32, patch_size=2, embed_dim=8, depths=[1, 1, 1], num_heads=[1, 1, 2], window_size=4
     ),

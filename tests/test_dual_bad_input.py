@@ -1,12 +1,14 @@
 """What a dual encoder's recipe or data may have wrong: handled, or one sentence that names it."""
 
+import json
+import math
 from contextlib import nullcontext
 
 import hooks
 import pytest
 import torch
 from conftest import launch, refused_for_memory
-from dual_toy import BERT, RESNET, SIGLIP_TEXT, VIT
+from dual_toy import BERT, CLIP_TEXT, RESNET, SIGLIP_TEXT, VIT
 from dual_world import make_pairs, pairs_recipe
 from plain import metrics
 from test_dual_training import Alone
@@ -14,7 +16,8 @@ from toy import SIGLIP
 
 from medvlm.config.load import load_recipe
 from medvlm.data.pairs import EncodedPair
-from medvlm.errors import UserError
+from medvlm.data.shards import ShardReader, write_shards
+from medvlm.errors import LeftOut, UserError
 from medvlm.planning.plan import make_job
 from medvlm.planning.rehearsal import rehearse
 from medvlm.training import feed
@@ -43,6 +46,12 @@ def folder(tmp_path_factory):
         (["data.packing.tokens=128"], "data.packing: is for language models"),
         (["training.sequence_parallel=2"], "training.sequence_parallel: is for language models"),
         (["model.text_tower.pooling=pooler", "model.text_tower.pooling_layers=[1,-1]"], "is of the last layer"),
+        (["model.vision_head.hidden_dim=64"], "`hidden_dim` does nothing with `kind: linear`"),
+        (["model.text_head.kind=none", "model.text_head.bias=true"], "`bias` does nothing with `kind: none`"),
+        (["objective.label_similarity=dot"], "label_similarity: is of semantic_matching, not of info_nce"),
+        (["data.pairs.labels=[Edema]"], "data.pairs.labels: are of the objective semantic_matching only"),
+        (["run.seed=-1"], "run.seed: Input should be greater than or equal to 0"),
+        (["run.seed=4294967296"], "run.seed: Input should be less than 4294967296"),
     ],
 )
 def test_a_wrong_recipe_is_refused_with_one_sentence(folder, overrides, sentence):
@@ -61,6 +70,16 @@ def test_longer_texts_are_cut_and_counted(folder):
     launch(pairs_recipe(folder, "cut", data__max_length=12, training__steps=1), ranks=1)
     [row] = metrics(folder, "cut")
     assert row["truncated"] > 0 and row["tokens"] <= 12 * row["texts"]
+
+
+@pytest.mark.parametrize("text", [BERT, CLIP_TEXT], ids=["bert", "clip"])
+def test_texts_as_long_as_the_tower_has_positions_are_trained_on(folder, text):
+    """21 positions, as CLIP has 77: rows are not padded beyond them. The seed is the largest."""
+    options = {"model__text_tower__pooling": "mean", "run__seed": 2**32 - 1, "training__steps": 1}
+    path = pairs_recipe(folder, f"full-{text['model_type']}", VIT, text, data__max_length=21, **options)
+    launch(path, "model.text_tower.config.max_position_embeddings=21", ranks=1)
+    [row] = metrics(folder, path.stem)
+    assert row["truncated"] > 0 and math.isfinite(row["loss"])
 
 
 def passes(config, rows):
@@ -116,20 +135,44 @@ def test_a_temperature_that_is_no_number_any_more_is_named(folder):
     ],
     ids=["few words", "empty", "no image", "no labels"],
 )
-def test_a_sample_that_makes_no_pair_is_set_aside_with_the_reason(folder, change, options, reason):
+def test_a_sample_that_makes_no_pair_is_left_out_with_the_reason(folder, change, options, reason):
     config = load_recipe(str(pairs_recipe(folder, "aside", **options)))
     data = feed.training_data(config, family_of(config.model).components(config))
     sample, members = data.reader.load(0)
-    with pytest.raises(UserError, match=reason):
+    with pytest.raises(LeftOut, match=reason):
         data.encoder(sample.model_copy(update=change), [] if "images" in change else members, 0)
 
 
 def test_a_run_without_any_pair_stops_and_says_so(folder):
     path = pairs_recipe(folder, "none", data__pairs={"sections": ["comparison"]})
     message = launch(path, ranks=1, fails=True)
-    assert "samples were quarantined, 0 pairs are left in this batch" in message
+    assert "samples have no image or no text such as data.pairs asks for, 0 pairs are left in this batch" in message
     rows = (folder / "runs" / "none" / "quarantine-rank0.jsonl").read_text()
     assert "empty report: nothing to read in comparison" in rows
+
+
+def test_reports_without_the_sections_asked_for_are_left_out_and_counted(folder):
+    """As of MIMIC-CXR, where 4 in 100 have neither findings nor impression: that is no damage."""
+
+    def some():
+        reader = ShardReader(folder / "pairs" / "train")
+        for n in range(len(reader)):
+            sample, images = reader.load(n)
+            change = {"report": {"report": "Rotated. No effusion is seen."}} if n % 4 == 0 else {}
+            members = {i.file: image for i, image in zip(sample.images, images, strict=True)}
+            yield sample.model_copy(update=change), members
+
+    write_shards(some(), folder / "some", "some")
+    path = pairs_recipe(folder, "some", data__train=[str(folder / "some")], training__epochs=1, training__steps=None)
+    launch(path, ranks=2)
+    rows = metrics(folder, "some")
+    left_out = [json.loads(line) for p in (folder / "runs/some").glob("quar*") for line in p.read_text().splitlines()]
+    assert sum(r["left_out"] for r in rows) == len(left_out) == -(-len(ShardReader(folder / "some")) // 4)
+    assert {r["reason"] for r in left_out} == {"empty report: nothing to read in findings, impression"}
+    assert not any(r["quarantined"] for r in rows)
+    assert all(r["pairs"] == r["samples"] - r["left_out"] for r in rows)
+    said = launch(path, "run.name=fewer", "data.pairs.max_left_out=0.05", ranks=1, fails=True)
+    assert "data.pairs.max_left_out is 0.05, the reasons are in" in said
 
 
 def test_training_is_refused_before_it_starts_where_it_cannot_fit(folder, tmp_path):

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from dual_toy import BERT, CLIP_TEXT, RESNET, SIGLIP_TEXT, VISION, VIT, attending_to_one, dual_config
+from dual_toy import BERT, CLIP_TEXT, DINOV2, RESNET, SIGLIP_TEXT, VISION, VIT, attending_to_one, dual_config
 from torch import nn
 from torch.nn.functional import cross_entropy, gelu, layer_norm, normalize
 from toy import CLIP, SIGLIP
@@ -13,6 +13,7 @@ from transformers import (
     AutoConfig,
     AutoModel,
     BertForMaskedLM,
+    BitImageProcessor,
     CLIPConfig,
     ConvNextImageProcessor,
     SiglipConfig,
@@ -21,10 +22,12 @@ from transformers import (
 
 from medvlm.config.objective import Objective
 from medvlm.errors import UserError
+from medvlm.models.backbones import backbone_config
 from medvlm.models.build_dual_encoder import build_components, build_model
 from medvlm.models.lora import add_adapters
 from medvlm.models.trainable import apply_trainable
 
+DISTILBERT = {"model_type": "distilbert", "dim": 24, "n_layers": 1, "n_heads": 2, "hidden_dim": 48, "vocab_size": 20}
 MASKED = Objective(masked_language_modeling={})
 
 
@@ -256,6 +259,8 @@ def test_parameters_without_influence_are_named(tmp_path):
         ((VIT, BERT), {"vision_head__kind": "none"}, "embedding_dim to be the tower's 32"),
         ((VIT, {**BERT, "vocab_size": 10}), {}, "20 tokens, the text tower 10"),
         ((VIT, BERT), {"vision_tower__image_size": 64}, "only a convolutional tower"),
+        ((DINOV2, BERT), {"vision_tower__image_size": 60}, "no multiple of the tower's patches of 16"),
+        ((VIT, DISTILBERT), {"text_tower__pooling": "pooler"}, "text_tower.pooling: 'distilbert' has no pooler"),
         (({**VIT, "model_type": "beit"}, BERT), {}, "'beit' is not supported"),
         ((VIT, BERT), {"text_tower__tokenizer": None}, "text_tower.tokenizer: .* needs a tokenizer"),
     ],
@@ -263,6 +268,23 @@ def test_parameters_without_influence_are_named(tmp_path):
 def test_what_does_not_fit_is_refused(tmp_path, towers, overrides, message):
     with pytest.raises(UserError, match=message):
         built(tmp_path, *towers, **overrides)
+
+
+@pytest.mark.parametrize(("asked", "size"), [(None, 48), (64, 64)])
+def test_dinov2_takes_images_of_another_size_than_its_positions_are_for(tmp_path, asked, size):
+    """Those of the hub are for 518 pixels and come with a processor that gives 224; as transformers' own class."""
+    config, _, _ = built(tmp_path, DINOV2)
+    theirs = AutoModel.from_config(backbone_config(config.vision_tower, "", "vision_config")).eval()
+    theirs.save_pretrained(tmp_path / "dinov2")
+    BitImageProcessor(size={"shortest_edge": 56}, crop_size=48).save_pretrained(tmp_path / "dinov2")
+    tower = {"vision_tower__config": None, "vision_tower__path": str(tmp_path / "dinov2")}
+    options = tower | ({} if asked is None else {"vision_tower__image_size": asked})
+    _, parts, model = built(tmp_path, DINOV2, vision_head__kind="none", embedding_dim=32, **options)
+    assert parts.image_size == size
+    pixels = torch.randint(0, 256, (2, 1, size, size), dtype=torch.uint8)
+    expected = theirs(model.pixels(pixels)).pooler_output
+    torch.testing.assert_close(model.image_features(pixels), expected)
+    assert model.patch_features(pixels).shape == (2, size // 16, size // 16, 32)
 
 
 def test_masking_needs_a_masked_language_model(tmp_path):

@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM
 import medvlm.models.backbones  # noqa: F401  (registers SigLIP's text tower)
 from medvlm.config.model import DualEncoder
 from medvlm.config.objective import Objective
+from medvlm.models.batch_norm import BatchNorm2d
 from medvlm.models.build_dual_encoder import build_components, build_model
 from medvlm.objectives.info_nce import info_nce
 
@@ -70,6 +71,18 @@ def test_batch_norm_on_two_ranks_is_batch_norm_on_all_rows(tmp_path):
     for name, value in norm.state_dict().items():
         torch.testing.assert_close(found[0]["state"][name], value)
         assert torch.equal(found[0]["state"][name], found[1]["state"][name]), "ranks must agree to the bit"
+
+
+@pytest.mark.parametrize(("dtype", "bytes_"), [(torch.float32, 4), (torch.bfloat16, 2)])
+@pytest.mark.parametrize("fixed", [False, True])
+def test_batch_norm_keeps_its_input_alone_for_the_backward_pass(dtype, bytes_, fixed):
+    kept = []
+    norm = BatchNorm2d(4).to(dtype)
+    norm.fixed = fixed
+    x = torch.randn(3, 4, 16, 16, dtype=dtype, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.nbytes), lambda t: t):
+        norm(x)
+    assert x.numel() * bytes_ <= sum(kept) < 1.1 * x.numel() * bytes_
 
 
 def batch(parts, masked, rows):

@@ -122,12 +122,14 @@ def test_other_reports_of_the_patient_are_left_out_when_asked():
         {0: unit(0.1, 1, 0), 1: unit(0, 1, 0), 2: unit(0, 0, 1)},
         {"a": unit(1, 0, 0), "b": unit(0, 1, 0), "c": unit(0, 0, 1)},
     )
-    found = []
+    found, chance = [], []
     for other in (False, True):
         options = retrieval.RetrievalOptions(k=[1], other_patients=other)
         results, _ = retrieval.evaluate(model, retrieval.load(reader, None, 0, options), options, Context(None))
         found.append(results["image_to_text_recall_at_1"])
+        chance.append(results["image_to_text_chance_recall_at_1"])
     assert found == pytest.approx([2 / 3, 1])
+    assert chance == pytest.approx([1 / 3, (1 / 2 + 1 / 2 + 1 / 3) / 3])
 
 
 def test_too_few_reports_and_no_reports_are_said():

@@ -2,6 +2,7 @@
 
 import ast
 import json
+import math
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from medvlm.inference.embed import Embedder
 from medvlm.models import build
 from medvlm.models.backbones import backbone_config, load_tower
 from medvlm.models.build_dual_encoder import build_components, build_model
+from medvlm.models.joint_space import Similarity
 from medvlm.training.checkpoint.fragments import persistent_buffers
 
 pytestmark = pytest.mark.usefixtures("forked_proof")
@@ -38,6 +40,8 @@ VARIANTS = {
     "biovil_t": (RESNET, BERT, {"vision_head": PRIOR, "text_head": MLP}, "DualEncoder"),
     "vit-cls": (VIT, BERT, {"vision_tower__pooling": "cls"}, "DualEncoder"),
     "siglip-linear": (SIGLIP, SIGLIP_TEXT, {**POOLED, "similarity__bias": -3.0}, "DualEncoder"),
+    "siglip-mean": (SIGLIP, SIGLIP_TEXT, {"text_tower__pooling": "mean"}, "DualEncoder"),
+    "siglip-bert": (SIGLIP, BERT, POOLED, "VisionTextDualEncoderModel"),
 }
 
 
@@ -74,6 +78,15 @@ def test_each_kind_of_model_exports_exactly(tmp_path, variant):
     for name, value in trained.weights.items():
         if name.startswith("vision_tower."):
             assert torch.equal(dict(tower.named_parameters())[name.removeprefix("vision_tower.")], value), name
+
+
+@pytest.mark.parametrize("variant", ["clip", "siglip", "convirt"])
+def test_the_scale_is_exact_in_bf16(tmp_path, variant):
+    _, _, trained = exported(tmp_path, variant)
+    trained.weights["similarity.log_scale"].data.fill_(0.3)  # above its beginning
+    write_folder(tmp_path / "half", trained, torch.bfloat16)
+    scale = math.exp(Similarity(0.07, 20.0, None).start + 0.3)
+    assert Embedder(tmp_path / "half", trust_remote_code=variant == "convirt").logit_scale == pytest.approx(scale)
 
 
 def test_exported_code_imports_nothing_of_ours(tmp_path):
@@ -188,7 +201,8 @@ def test_a_zero3_run_exports_through_the_command_line(run, tmp_path):
     assert "stored: bf16" in printed and "rounded to bf16 after that" in (tmp_path / "hf/README.md").read_text()
     for name, value in load_file(tmp_path / "hf/model.safetensors").items():
         if not name.endswith("num_batches_tracked"):
-            assert value.dtype == (torch.float32 if ".running_" in name else torch.bfloat16), name
+            exact = ".running_" in name or name == "similarity.log_scale"
+            assert value.dtype == (torch.float32 if exact else torch.bfloat16), name
     embedder = Embedder(tmp_path / "hf", trust_remote_code=True)
     found = embedder.texts(["no pleural effusion", "cardiomegaly"])
     assert found.shape == (2, 16) and torch.allclose(found.norm(dim=1), torch.ones(2))

@@ -135,6 +135,14 @@ def test_chance_is_what_random_similarities_give():
     chance = retrieval.chance_ranks(groups, groups)
     assert chance.sum() == pytest.approx(1)
     np.testing.assert_allclose(np.bincount(drawn, minlength=11)[1:] / len(drawn), chance, atol=0.007)
+    patients = [0, 0, 1, 1, 1, 1, 2, 2, 2, 3]  # others' reports only, of which some have fewer than others
+    ranks = [
+        retrieval.ranks(torch.rand(10, 10, generator=random), groups, groups, (patients, patients)) for _ in range(4000)
+    ]
+    found = np.bincount(np.concatenate(ranks), minlength=11)[1:] / 40000
+    fewer = retrieval.chance_ranks(groups, groups, (patients, patients))
+    np.testing.assert_allclose(found, fewer, atol=0.007)
+    assert fewer[0] > chance[0] + 0.02
 
 
 def test_embeddings_in_chunks_rank_as_the_whole_matrix_does(monkeypatch):

@@ -149,7 +149,7 @@ def test_long_texts_are_cut_before_their_last_special_token(tokenizer):
     assert pair.truncated and pair.ids == [*whole[:11], tokenizer.sep_token_id]
     short = encode(PairEncoder(tokenizer, TRANSFORM, len(whole)), study(0))
     assert not short.truncated and short.ids == whole
-    batch = collate_pairs([pair, short, short], pad_id=0, image_size=32)
+    batch = collate_pairs([pair, short, short], pad_id=0, image_size=32, max_length=64)
     assert batch.truncated == 1 and batch.lengths == [12, len(whole), len(whole)]
     assert batch.input_ids.shape[1] % 8 == 0 and batch.slots == batch.input_ids.numel()
 
@@ -165,7 +165,7 @@ def test_the_image_is_of_a_wanted_view_and_never_the_prior(tokenizer):
     )
     alone = encode(encoder, study(1))
     assert alone.prior is None
-    batch = collate_pairs([pair, alone], pad_id=0, image_size=32, prior=True)
+    batch = collate_pairs([pair, alone], pad_id=0, image_size=32, max_length=64, prior=True)
     assert batch.has_prior.tolist() == [True, False] and batch.prior_pixel_values.shape == (2, 1, 32, 32)
     assert torch.equal(batch.prior_pixel_values[0], pair.prior) and not batch.prior_pixel_values[1].any()
     assert encode(PairEncoder(tokenizer, TRANSFORM, 64), made).prior is None, "not asked for"
@@ -230,7 +230,7 @@ def test_sides_of_unpaired_batches_have_their_own_sizes(tokenizer):
     encoder = PairEncoder(tokenizer, TRANSFORM, 64, labels=LABELS, paired=False, labeler=labeler, masking=0.15)
     known = {"Edema": 1}
     image_only, text_only = study(0, report={"indication": "Cough."}, labels=known), study(1, views=())
-    collate = partial(collate_pairs, pad_id=0, image_size=32, labels=3, masking=True, paired=False)
+    collate = partial(collate_pairs, pad_id=0, image_size=32, max_length=64, labels=3, masking=True, paired=False)
     batch = collate([encode(encoder, made) for made in (image_only, text_only, study(2), study(3, views=()))])
     assert (batch.images, batch.texts, batch.targets) == (2, 3, 5)
     assert batch.pixel_values.shape[0] == len(batch.image_labels) == 2 and len(batch.text_labels) == 3
@@ -283,7 +283,9 @@ def dataset(tmp_path, tokenizer) -> MicroBatches:
         tokenizer, TRANSFORM, 64, text="sentence", prior=True, masking=0.15,
         augment=Augment(rotate=20, crop=0.6, contrast=0.4), seed=5,
     )  # fmt: skip
-    collate = partial(collate_pairs, pad_id=tokenizer.pad_token_id, image_size=32, prior=True, masking=True)
+    collate = partial(
+        collate_pairs, pad_id=tokenizer.pad_token_id, image_size=32, max_length=64, prior=True, masking=True
+    )
     return MicroBatches(ShardReader(tmp_path / "shards"), encoder, collate)
 
 
@@ -291,10 +293,11 @@ def test_batches_depend_on_sample_epoch_and_seed_alone(dataset):
     work = [[(n, epoch) for n in range(first, first + 4)] for epoch in (0, 1) for first in (0, 4)] + [[]]
     here, there = (list(load_batches(dataset, iter(work), workers)) for workers in (0, 2))
     for a, b in zip(here, there, strict=True):
-        assert a.keys == b.keys and a.quarantined == b.quarantined
+        assert a.keys == b.keys and a.not_taken == b.not_taken
         mine, others = a.inputs(torch.device("cpu")), b.inputs(torch.device("cpu"))
         assert mine.keys() == others.keys() and all(torch.equal(mine[k], others[k]) for k in mine)
-    assert here[0].quarantined == [("s0003", "empty report: nothing to read in findings, impression")]
+    assert not here[0].quarantined
+    assert here[0].not_taken == [("s0003", "empty report: nothing to read in findings, impression")]
     assert here[0].images == here[0].texts == here[0].targets == 3
     assert not torch.equal(here[1].pixel_values, here[3].pixel_values), "another epoch, other pixels"
     assert here[4].targets == here[4].tokens == 0 and here[4].has_prior.tolist() == [False]

@@ -35,6 +35,7 @@ HARMLESS = (
     "data.padding_free",
     "data.workers",
     "data.max_quarantined",
+    "data.pairs.max_left_out",
     "data.cache_dir",
     "data.cache_gib",
     "training.zero",

@@ -187,6 +187,16 @@ class Head(Part):
             raise ValueError("a head is small and new, it takes no adapters: give frozen or full")
         return train
 
+    @model_validator(mode="after")
+    def _has_layers(self) -> "Head":
+        """Options that would do nothing are refused."""
+        two_layers = ("hidden_dim", "activation", "norm")
+        of_others = {"none": (*two_layers, "bias"), "linear": two_layers}.get(self.kind, ())
+        for name in of_others:
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"`{name}` does nothing with `kind: {self.kind}`")
+        return self
+
 
 class PriorImage(Section):
     """BioViL-T's pooler over the patches of an image and of the one before it (or a learned embedding for none)."""

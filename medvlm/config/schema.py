@@ -79,6 +79,8 @@ class Pairs(Section):
     """Images of these views only, such as [PA, AP]."""
     labels: list[str] = []
     """Names of ``semantic_matching``; CheXpert's 14 by default."""
+    max_left_out: float = Field(default=0.5, ge=0, le=1)
+    """Share of samples without such an image or text, which are left out; the run stops above it."""
 
 
 class Data(Section):
@@ -221,7 +223,7 @@ class Training(Section):
 class Run(Section):
     name: str = Field(pattern=r"^[\w.\-]+$")
     root: str = "runs"
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, lt=2**32)
     resume: Literal["auto", "never", "require"] = "auto"
     trackers: list[Literal["tensorboard", "wandb", "mlflow"]] = ["tensorboard"]
     notify: str | None = None
@@ -258,6 +260,8 @@ class RunConfig(Section):
                 raise ValueError("model.similarity.bias: the sigmoid objective needs one, such as -10, the others none")
             if self.objective.masked_language_modeling and self.model.text_tower.train == "frozen":
                 raise ValueError("objective.masked_language_modeling: the text tower is frozen")
+            if self.data.pairs.labels and self.objective.kind != "semantic_matching":
+                raise ValueError("data.pairs.labels: are of the objective semantic_matching only")
             for name in ("packing", "length_grouped", "padding_free", "volume_slices", "shuffle_turns"):
                 if getattr(self.data, name):
                     raise ValueError(f"data.{name}: is for language models, not for a dual encoder")

@@ -16,7 +16,7 @@ from medvlm.data.schema import Message, Sample
 from medvlm.data.shards import ShardReader
 from medvlm.data.storage import StorageError
 from medvlm.data.volume_slices import VolumeSlices, expand
-from medvlm.errors import UserError
+from medvlm.errors import LeftOut, UserError
 
 
 @dataclass
@@ -40,7 +40,8 @@ class Batch:
     input_ids, labels int64 [B, T]; attention_mask int64 [B, T] of a padded batch. A padding-free batch has one row of
     segments instead, one per sample: position_ids int64 [1, T] restart at each, segment_ids int32 [1, T] number them,
     cu_seqlens int32 [segments + 1] are their edges. pixel_values uint8 [I, C, S, S], C = 1 if all images are grey.
-    ``quarantined`` holds (key, reason) of samples that could not be used: their place stays, without loss.
+    ``quarantined`` holds (key, reason) of samples that could not be used, ``not_taken`` of those that the recipe does
+    not ask for: their place stays, without loss.
     """
 
     input_ids: torch.Tensor
@@ -52,6 +53,7 @@ class Batch:
     cu_seqlens: torch.Tensor | None = None
     keys: list[str] = field(default_factory=list)
     quarantined: list[tuple[str, str]] = field(default_factory=list)
+    not_taken: list[tuple[str, str]] = field(default_factory=list)
 
     def inputs(self, device: torch.device) -> dict[str, Any]:
         """What the model's forward takes, on its device."""
@@ -217,24 +219,27 @@ class MicroBatches(Dataset):
     """Map-style: a list of draws (sample number, repeat or None) in, a batch out. Runs in loader workers.
 
     ``encoder`` (sample, image bytes, repeat) gives what ``collate`` makes a batch of, or raises UserError with the
-    reason why a sample cannot be used. A batch has ``keys`` and ``quarantined``, as :class:`Batch`.
+    reason why a sample cannot be used, LeftOut where it is not asked for. A batch has ``keys``, ``quarantined`` and
+    ``not_taken``, as :class:`Batch`.
     """
 
     def __init__(self, reader: ShardReader, encoder: Any, collate: Callable[[list[Any]], Any]):
         self.reader, self.encoder, self.collate = reader, encoder, collate
 
     def __getitem__(self, draws: Sequence[tuple[int, int | None]]) -> Any:
-        encoded, keys, quarantined = [], [], []
+        encoded, keys, quarantined, not_taken = [], [], [], []
         for number, repeat in draws:
             keys.append(self.reader.key(number))
             try:
                 encoded.append(self.encoder(*self.reader.load(number), repeat))
             except StorageError:
                 raise  # the network is down or the shards are gone: no fault of this sample
+            except LeftOut as error:
+                not_taken.append((keys[-1], str(error)))
             except UserError as error:
                 quarantined.append((keys[-1], str(error)))
         batch = self.collate(encoded)
-        batch.keys, batch.quarantined = keys, quarantined
+        batch.keys, batch.quarantined, batch.not_taken = keys, quarantined, not_taken
         return batch
 
 

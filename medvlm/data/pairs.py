@@ -14,7 +14,7 @@ from medvlm.data.images import ImageTransform
 from medvlm.data.loader import pinned, stack
 from medvlm.data.pair_text import TextEncoder, choose_text, section_sentences
 from medvlm.data.schema import Sample
-from medvlm.errors import UserError
+from medvlm.errors import LeftOut, UserError
 
 PRIOR = "prior"
 Labeler = Callable[[str], Mapping[str, int | None]]
@@ -68,6 +68,7 @@ class PairBatch:
     """Texts that were cut to the greatest length."""
     keys: list[str] = field(default_factory=list)
     quarantined: list[tuple[str, str]] = field(default_factory=list)
+    not_taken: list[tuple[str, str]] = field(default_factory=list)
 
     def inputs(self, device: torch.device) -> dict[str, Any]:
         """What the model's forward takes, on its device; without what this batch does not have."""
@@ -100,13 +101,19 @@ class PairBatch:
         return self.images if self.paired else self.images + self.texts
 
     @property
+    def left_out(self) -> int:
+        """Samples without an image or a text that the recipe asks for."""
+        return len(self.not_taken)
+
+    @property
     def masked_tokens(self) -> int:
         """Tokens that are to be predicted."""
         return 0 if self.masked_labels is None else int((self.masked_labels != IGNORE).sum())
 
 
 class PairEncoder:
-    """Sample and image bytes -> EncodedPair. Raises UserError with the reason where a sample cannot be trained on.
+    """Sample and image bytes -> EncodedPair. Raises UserError with the reason where a sample cannot be trained on,
+    LeftOut where it lacks what this recipe asks for.
 
     Given an epoch, the image (of ``views`` if given), the sentence or the order of sentences, the words altered, the
     tokens to predict (with probability ``masking``) and the augmentation are drawn, each as a pure function of (sample
@@ -154,9 +161,9 @@ class PairEncoder:
         text, number = self.read(sample, epoch), self.choose_image(sample, epoch)
         if self.paired and number is None:
             views = f" of the views {', '.join(self.views)}" if self.views and sample.images else ""
-            raise UserError(f"no image{views}, and an image and a text make a pair")
+            raise LeftOut(f"no image{views}, and an image and a text make a pair")
         if text is None and (self.paired or number is None):
-            raise UserError(self._no_text(sample))
+            raise LeftOut(self._no_text(sample))
         pair = EncodedPair()
         if number is not None:
             pair.image = self._pixels(sample, images, number, epoch)
@@ -240,7 +247,7 @@ class PairEncoder:
 
     def _labels_of(self, text: str | None) -> Mapping[str, int | None]:
         if text is None or self.labeler is None:
-            raise UserError(
+            raise LeftOut(
                 f"has none of the labels {', '.join(self.labels)}, and no "
                 + ("report to take them from" if text is None else "labeler is given to take them from its report")
             )
@@ -258,20 +265,22 @@ def collate_pairs(
     *,
     pad_id: int,
     image_size: int,
+    max_length: int,
     labels: int = 0,
     prior: bool = False,
     masking: bool = False,
     paired: bool = True,
     multiple: int = 8,
 ) -> PairBatch:
-    """Stack encoded samples, texts padded to a multiple of ``multiple`` tokens.
+    """Stack encoded samples, texts padded to a multiple of ``multiple`` tokens, or to ``max_length``, for which there
+    are positions, where that is less.
 
     ``labels`` is the number of labels; with ``prior`` and ``masking`` the batch has these tensors, whatever is in it.
     """
     shown, told = [s for s in samples if s.image is not None], [s for s in samples if s.ids is not None]
     blank = torch.zeros(1, image_size, image_size, dtype=torch.uint8)
     ids = [s.ids or [] for s in told] or [[pad_id]]
-    length = -(-max(map(len, ids)) // multiple) * multiple
+    length = min(max_length, -(-max(map(len, ids)) // multiple) * multiple)
     batch = PairBatch(
         input_ids=_padded(ids, pad_id, length),
         attention_mask=_padded([[1] * len(row) for row in ids], 0, length),

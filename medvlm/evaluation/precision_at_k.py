@@ -4,7 +4,7 @@ A candidate is right if it is of the query's class. Only images with exactly one
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -51,12 +51,16 @@ def precision_at(similarity: torch.Tensor, right: torch.Tensor, k: int) -> torch
 
 
 def split(
-    pictures: Sequence[Picture], classes: Sequence[str], options: PrecisionOptions, seed: int
+    pictures: Sequence[Picture],
+    classes: Sequence[str],
+    options: PrecisionOptions,
+    seed: int,
+    exclusive: Literal["all", "classes"] = "classes",
 ) -> tuple[list[tuple[Picture, str]], list[tuple[Picture, str]]]:
     """Queries, each of another patient, and candidates of other patients than these; both with their classes."""
     own: dict[str, list[Picture]] = {name: [] for name in classes}
     for picture in pictures:
-        if (name := only_class(picture, classes)) is not None:
+        if (name := only_class(picture, classes, exclusive)) is not None:
             own[name].append(picture)
     queries, taken = [], set[str]()
     for name, members in own.items():
@@ -81,7 +85,8 @@ def evaluate(
     """Raises UserError for fewer than two classes, or fewer candidates than the largest k."""
     chosen = load_prompts(options.prompts)
     listed = list(chosen.labels if isinstance(chosen, BinarySet) else chosen.classes)
-    queries, candidates = split(pictures, listed, options, context.seed)
+    exclusive = "classes" if isinstance(chosen, BinarySet) else chosen.exclusive
+    queries, candidates = split(pictures, listed, options, context.seed, exclusive)
     classes = [n for n in listed if any(q == n for _, q in queries) and any(c == n for _, c in candidates)]
     if len(classes) < 2:
         raise UserError(

@@ -80,7 +80,7 @@ def evaluate(
         groups, wanted = [p.text for p in asked], [p.text for p in offered]
         patients = ([p.group for p in asked], [p.group for p in offered]) if options.other_patients else None
         ranks = measures.embedding_ranks(query, candidate, groups, wanted, patients)
-        scores = measures.summary(ranks, measures.chance_ranks(groups, wanted), options.k)
+        scores = measures.summary(ranks, measures.chance_ranks(groups, wanted, patients), options.k)
         out |= {f"{name}_{key}": value for key, value in scores.items()}
         owners = [p.group for p in asked]
         for k in options.k:

@@ -34,7 +34,13 @@ from medvlm.export import dual_encoder_modeling as modeling
 from medvlm.export.dual_encoder_card import LABELS, dual_encoder_card
 from medvlm.export.writing import TOLERANCE, fresh_process, open_run, pretrained_parts, stored_buffers, write_weights
 from medvlm.models.backbones import TOWER
-from medvlm.models.build_dual_encoder import DualComponents, build_components, build_model, load_backbone
+from medvlm.models.build_dual_encoder import (
+    DualComponents,
+    build_components,
+    build_model,
+    fixed_length,
+    load_backbone,
+)
 from medvlm.models.dual_encoder import DualEncoderModel
 from medvlm.models.joint_space import Similarity
 from medvlm.models.lora import add_adapters
@@ -152,10 +158,12 @@ def write_folder(folder: Path, trained: Trained, dtype: torch.dtype) -> str:
     if own:
         target.config.auto_map = {"AutoConfig": f"{MODELING}.DualEncoderConfig", "AutoModel": f"{MODELING}.DualEncoder"}
     target.save_pretrained(folder, state_dict={})
-    write_weights(folder, target, sources(trained, own, isinstance(target, SiglipModel)), dtype)
+    # the logarithm of 100 is that of 98.9 in bf16
+    exact = ("similarity.log_scale", "similarity.bias") if own else ("logit_scale", "logit_bias")
+    write_weights(folder, target, sources(trained, own, isinstance(target, SiglipModel)), dtype, exact)
     if own:
         write_code(folder)
-    save_processor(parts, folder)
+    save_processor(config, parts, folder)
     write_tower(folder / TOWER, trained, dtype)
     return type(target).__name__
 
@@ -220,10 +228,10 @@ def write_code(folder: Path) -> None:
         (folder / path.name).write_text(text)
 
 
-def save_processor(parts: DualComponents, folder: Path) -> None:
+def save_processor(config: DualEncoderRecipe, parts: DualComponents, folder: Path) -> None:
     tokenizer = copy.deepcopy(parts.tokenizer)
     tokenizer.model_max_length = min(tokenizer.model_max_length, parts.text_limit)
-    if parts.text_config.model_type == "siglip_text_model":
+    if fixed_length(config, parts.text_config):
         # as SigLIP's own, whose texts take no mask; the attribute alone is not stored
         tokenizer.model_input_names = tokenizer.init_kwargs["model_input_names"] = ["input_ids"]
     VisionTextDualEncoderProcessor(parts.image_processor, tokenizer).save_pretrained(folder)

@@ -3,7 +3,7 @@
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -75,12 +75,16 @@ def stored_buffers(module: nn.Module, source: Path, prefix: str = "") -> dict[st
 
 
 def write_weights(
-    folder: Path, target: nn.Module, sources: Mapping[str, tuple[Mapping[str, Tensor], str]], dtype: torch.dtype
+    folder: Path,
+    target: nn.Module,
+    sources: Mapping[str, tuple[Mapping[str, Tensor], str]],
+    dtype: torch.dtype,
+    exact: Collection[str] = (),
 ) -> None:
     """The weights of a class of transformers, which ``target`` is, built on the meta device: for each of its parameters
     and persistent buffers a mapping and the name in it. Each is asked for once, when it is written, so that a mapping
-    that reads from elsewhere needs memory for one at a time. Parameters are stored in ``dtype``, numbers with a
-    point that are none, running means and variances, in fp32 as training has them.
+    that reads from elsewhere needs memory for one at a time. Parameters are stored in ``dtype``, those that ``exact``
+    names, and numbers with a point that are none (running means and variances), in fp32 as training has them.
 
     Raises UserError if the sources are not exactly what the class has.
     """
@@ -92,7 +96,10 @@ def write_weights(
         )
     entries = []
     for file_name, name in file_names(target, tensors).items():
-        kind = dtype if name not in buffers else torch.float32 if tensors[name].is_floating_point() else torch.int64
+        if name in buffers or name in exact:
+            kind = torch.float32 if tensors[name].is_floating_point() else torch.int64
+        else:
+            kind = dtype
         pieces = partial(checkpoint.in_pieces, *sources[name], kind)
         entries.append(checkpoint.Entry(file_name, kind, tuple(tensors[name].shape), pieces))
     checkpoint.write_sharded(folder, entries, SHARD_BYTES)

@@ -182,8 +182,9 @@ class Embedder:
             raise UserError(f"{self.name}: the {config.model_type} tower has no grid of patches that is known here")
         tokens = tokens[:, tokens.shape[1] - height * width :]  # class and register tokens come first
         # a ViT's, which takes the first token of a sequence, or SigLIP's, which attends to all
-        pool: Any = inner.head if kind == "SiglipModel" else getattr(inner, "pooler", None)
-        if kind == "SiglipModel" or hasattr(pool, "dense"):
+        attends = config.model_type == "siglip_vision_model"
+        pool: Any = inner.head if attends else getattr(inner, "pooler", None)
+        if attends or hasattr(pool, "dense"):
             tokens = pool(tokens.flatten(0, 1)[:, None]).unflatten(0, tokens.shape[:2])
         head = getattr(self.model, "visual_projection", None)
         return (tokens if head is None else head(tokens)).unflatten(1, (height, width))

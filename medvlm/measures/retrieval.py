@@ -5,6 +5,7 @@ normal reports apart. The rank of a query is the place of its best hit. A tie co
 collapsed model, for which everything is equally similar, finds nothing.
 """
 
+from collections import Counter
 from collections.abc import Hashable, Sequence
 
 import numpy as np
@@ -88,20 +89,22 @@ def mean_reciprocal_rank(found: np.ndarray) -> float:
     return float((1 / found).mean())
 
 
-def chance_ranks(query_groups: Groups, groups: Groups) -> np.ndarray:
+def chance_ranks(query_groups: Groups, groups: Groups, patients: tuple[Groups, Groups] | None = None) -> np.ndarray:
     """The probability of each rank 1 .. C for a random order of the candidates, averaged over the queries: [C].
 
-    With m hits among C the first k are all wrong with probability (C - m)! (C - k)! / (C! (C - m - k)!).
+    ``patients`` as of :func:`ranks`: a query has fewer candidates by those that are left out. With m hits among n the
+    first k are all wrong with probability (n - m)! (n - k)! / (n! (n - m - k)!).
     """
-    total = len(groups)
-    sizes: dict[Hashable, int] = {}
-    for group in groups:
-        sizes[group] = sizes.get(group, 0) + 1
-    hits, counts = np.unique([sizes[group] for group in query_groups], return_counts=True)
-    later = np.zeros(total + 1)  # probability that the rank is above k = 0 .. C
-    for m, count in zip(hits, counts, strict=True):
-        steps = (total - m - np.arange(total)).clip(0) / (total - np.arange(total))
-        later += count / counts.sum() * np.concatenate([[1.0], np.cumprod(steps)])
+    sizes, left_out = Counter(groups), [0] * len(query_groups)
+    if patients:
+        of_patient, of_both = Counter(patients[1]), Counter(zip(patients[1], groups, strict=True))
+        asked = zip(patients[0], query_groups, strict=True)
+        left_out = [of_patient[patient] - of_both[patient, group] for patient, group in asked]
+    kinds = Counter((sizes[group], len(groups) - less) for group, less in zip(query_groups, left_out, strict=True))
+    later = np.zeros(len(groups) + 1)  # probability that the rank is above k = 0 .. C
+    for (hits, total), count in kinds.items():
+        steps = (total - hits - np.arange(total)).clip(0) / (total - np.arange(total))
+        later[: total + 1] += count / len(query_groups) * np.concatenate([[1.0], np.cumprod(steps)])
     return later[:-1] - later[1:]
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.functional import batch_norm
 
 
 class BatchNorm2d(nn.BatchNorm2d):
@@ -22,20 +23,18 @@ class BatchNorm2d(nn.BatchNorm2d):
     def forward(self, x: Tensor) -> Tensor:
         """[I, C, h, w] -> [I, C, h, w], computed in fp32."""
         assert self.running_mean is not None and self.running_var is not None and self.momentum is not None
+        weight, bias = self.weight.float(), self.bias.float()
         if self.fixed or not (self.training and self.weight.requires_grad):
-            mean, variance = self.running_mean, self.running_var
-        else:
-            mean, variance, count = global_statistics(x)
-            if torch.is_grad_enabled():
-                with torch.no_grad():
-                    unbiased = variance * count / (count - 1).clamp(min=1)
-                    self.running_mean.lerp_(mean.float(), self.momentum)
-                    self.running_var.lerp_(unbiased.float(), self.momentum)
-                    if self.num_batches_tracked is not None:
-                        self.num_batches_tracked.add_(1)
-        scale = self.weight.float() * torch.rsqrt(variance.float() + self.eps)
-        shift = self.bias.float() - mean.float() * scale
-        return (x.float() * scale[:, None, None] + shift[:, None, None]).to(x.dtype)
+            return batch_norm(x, self.running_mean, self.running_var, weight, bias, eps=self.eps)
+        mean, variance, count = global_statistics(x)
+        if torch.is_grad_enabled():
+            with torch.no_grad():
+                unbiased = variance * count / (count - 1).clamp(min=1)
+                self.running_mean.lerp_(mean, self.momentum)
+                self.running_var.lerp_(unbiased, self.momentum)
+                if self.num_batches_tracked is not None:
+                    self.num_batches_tracked.add_(1)
+        return _Normalize.apply(x, weight, bias, mean, torch.rsqrt(variance + self.eps), count)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         kept = [getattr(self, name) for name in ("running_mean", "running_var")]
@@ -56,8 +55,9 @@ def convert_batch_norm(model: nn.Module, *, fixed: bool = False) -> None:
             module.running_mean, module.running_var = module.running_mean.float(), module.running_var.float()
 
 
+@torch.no_grad()
 def global_statistics(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean [C], biased variance [C] and number [] of the values of [I, C, h, w] on all ranks, with gradient.
+    """Mean [C], biased variance [C] and number [] of the values of [I, C, h, w] on all ranks, in fp32.
 
     Ranks exchange their own mean and variance once; these are put together by Chan et al. (1979).
     """
@@ -67,8 +67,10 @@ def global_statistics(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     squares = (rows - mean[:, None]).square().sum(1)
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return mean, squares / max(n, 1), torch.tensor(float(n), device=x.device)
-    stacked = torch.cat([mean, squares, mean.new_tensor([n])])
-    every = _Gather.apply(stacked)
+    mine = torch.cat([mean, squares, mean.new_tensor([n])])
+    parts = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, mine)
+    every = torch.stack(parts)
     means, squares, counts = every[:, : len(mean)], every[:, len(mean) : -1], every[:, -1:]
     count = counts.sum().clamp(min=1)
     mean = (means * counts).sum(0) / count
@@ -76,17 +78,33 @@ def global_statistics(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return mean, variance, count
 
 
-class _Gather(torch.autograd.Function):
-    """[N] of each rank -> [world, N], the gradient summed over ranks: by the collectives that gloo and NCCL share."""
+class _Normalize(torch.autograd.Function):
+    """By the mean [C] and inverse deviation [C] of ``count`` values on all ranks; what is kept for the backward pass is
+    the input as it came."""
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor) -> Tensor:
-        parts = [torch.empty_like(values) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, values.contiguous())
-        return torch.stack(parts)
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, inverse: Tensor, count: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight, mean, inverse, count)
+        scaled = (x.float() - _of_channels(mean)) * _of_channels(inverse * weight)
+        return (scaled + _of_channels(bias)).to(x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
-        total = gradient.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total)
-        return total[dist.get_rank()]
+    def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
+        x, weight, mean, inverse, count = ctx.saved_tensors
+        gradient = gradient.float()
+        normal = (x.float() - _of_channels(mean)) * _of_channels(inverse)
+        sums = torch.stack([(gradient * normal).sum((0, 2, 3)), gradient.sum((0, 2, 3))])
+        found = None
+        if ctx.needs_input_grad[0]:
+            totals = sums.clone()
+            if dist.is_initialized() and dist.get_world_size() > 1:
+                dist.all_reduce(totals)
+            of_normal, of_all = (_of_channels(total / count) for total in totals)
+            found = ((gradient - normal * of_normal - of_all) * _of_channels(inverse * weight)).to(x.dtype)
+        return found, *sums, None, None, None  # of the weights, this rank's share
+
+
+def _of_channels(values: Tensor) -> Tensor:
+    return values[:, None, None]

@@ -29,6 +29,8 @@ from medvlm.models.born import Born
 from medvlm.models.dual_encoder import DualEncoderModel
 from medvlm.models.poolings import CLASS_TOKENS
 
+INTERPOLATING = "dinov2"  # between its positions, for whole numbers of patches: those of the hub are for 518 pixels
+
 
 @dataclass
 class DualComponents:
@@ -124,7 +126,7 @@ def load_backbone(config: DualEncoder, parts: DualComponents, part: str, dtype: 
 
 
 def _assemble(config: DualEncoder, parts: DualComponents, vision: Any, text: Any, dtype: torch.dtype) -> Any:
-    fixed = _fixed_length(config, parts.text_config)
+    fixed = fixed_length(config, parts.text_config)
     model = DualEncoderModel(
         config,
         vision,
@@ -146,7 +148,7 @@ def _assemble(config: DualEncoder, parts: DualComponents, vision: Any, text: Any
     return model
 
 
-def _fixed_length(config: DualEncoder, text: Any) -> bool:
+def fixed_length(config: DualEncoder, text: Any) -> bool:
     """SigLIP's text tower pools the last position, so that its texts are all padded to the same length."""
     return text.model_type == "siglip_text_model" and config.text_tower.pooling == "pooler"
 
@@ -159,7 +161,7 @@ def _without_pooler(config: Any, pooling: str) -> dict[str, Any]:
 
 
 def _text_dim(config: DualEncoder, text: Any) -> int:
-    return text.projection_size if _fixed_length(config, text) else text.hidden_size
+    return text.projection_size if fixed_length(config, text) else text.hidden_size
 
 
 def _check_poolings(config: DualEncoder, vision: Any, text: Any) -> None:
@@ -206,8 +208,12 @@ def _image_processor(part: ImageEncoder, vision: Any) -> Any:
     processor = image_processor_of(part, vision)
     if part.image_size in (None, square_size(processor)):
         return processor
-    if vision.model_type != CONVOLUTIONAL:
-        raise UserError("model.vision_tower.image_size: only a convolutional tower takes images of another size")
+    if vision.model_type == INTERPOLATING and part.image_size and part.image_size % vision.patch_size:
+        raise UserError(f"model.vision_tower.image_size: is no multiple of the tower's patches of {vision.patch_size}")
+    if vision.model_type not in (CONVOLUTIONAL, INTERPOLATING):
+        raise UserError(
+            "model.vision_tower.image_size: only a convolutional tower, and DINOv2, takes images of another size"
+        )
     common = {"image_mean": processor.image_mean, "image_std": processor.image_std, "resample": processor.resample}
     cropping = {"size": {"shortest_edge": part.image_size}, "crop_size": part.image_size}
     return stock_processor("CLIPImageProcessor")(**cropping, **common)
@@ -215,6 +221,8 @@ def _image_processor(part: ImageEncoder, vision: Any) -> Any:
 
 def _check_size(parts: DualComponents) -> None:
     vision = parts.vision_config
+    if vision.model_type == INTERPOLATING and not parts.image_size % vision.patch_size:
+        return
     if vision.model_type != CONVOLUTIONAL and vision.image_size != parts.image_size:
         raise UserError(
             f"model.vision_tower: its image processor gives {parts.image_size} pixels, the tower takes "
@@ -247,6 +255,8 @@ def _probe(config: DualEncoder, parts: DualComponents) -> None:
         raise UserError(f"objective.masked_language_modeling: {str(error).splitlines()[0]}") from None
     if masked and config.text_tower.pooling == "pooler":
         raise UserError("model.text_tower.pooling: a masked language model has no pooler; give cls or mean")
+    if config.text_tower.pooling == "pooler" and getattr(model.encode_text(ids, None), "pooler_output", None) is None:
+        raise UserError(f"model.text_tower.pooling: {parts.text_config.model_type!r} has no pooler; give cls or mean")
     parts.text_limit = _positions(model.text_encoder)
     parts.parameters = sum(p.numel() for p in model.parameters())
     with Born() as of_image:

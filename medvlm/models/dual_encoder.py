@@ -121,30 +121,21 @@ class DualEncoderModel(JointSpace, nn.Module):
         as of `image_features`. masked_ids [T, L]: the same texts with tokens masked; masked_labels [T, L]: what they
         were, -100 elsewhere.
         """
-        found = {"image": self.image_features(pixel_values, prior_pixel_values, has_prior)}
-        if masked_ids is None or masked_labels is None:
-            found["text"] = self.text_features(input_ids, attention_mask)
-        else:
-            found |= self._both_texts(input_ids, attention_mask, masked_ids, masked_labels)
+        found = {
+            "image": self.image_features(pixel_values, prior_pixel_values, has_prior),
+            "text": self.text_features(input_ids, attention_mask),
+        }
+        if masked_ids is not None and masked_labels is not None:
+            # after the embeddings, whose dropout is then the same with and without it
+            found["masked_loss"] = self._masked_loss(masked_ids, attention_mask, masked_labels)
         return found | dict(zip(("scale", "bias"), self.similarity(), strict=False))
 
-    def _both_texts(
-        self, input_ids: Tensor, mask: Tensor | None, masked_ids: Tensor, labels: Tensor
-    ) -> dict[str, Tensor]:
-        """One pass of the encoder over the texts as they are and as they are masked."""
+    def _masked_loss(self, masked_ids: Tensor, mask: Tensor | None, labels: Tensor) -> Tensor:
         if self.masked_head is None:
             raise ValueError("masked_ids: the text tower has no output layer; set objective.masked_language_modeling")
-        masks = None if mask is None else torch.cat([mask, mask])
-        output = self.encode_text(torch.cat([input_ids, masked_ids]), masks)
-        hidden = output.last_hidden_state[len(input_ids) :]
-        states = output.hidden_states
-        first = type(output)(
-            last_hidden_state=output.last_hidden_state[: len(input_ids)],
-            hidden_states=None if states is None else tuple(state[: len(input_ids)] for state in states),
-        )
+        hidden = self.encode_text(masked_ids, mask).last_hidden_state
         chosen = labels != IGNORE
-        loss = cross_entropy(self.masked_head(hidden[chosen]).float(), labels[chosen], reduction="sum")
-        return {"text": self.project_text(first, mask), "masked_loss": loss}
+        return cross_entropy(self.masked_head(hidden[chosen]).float(), labels[chosen], reduction="sum")
 
 
 def head_options(config: DualEncoder, part: str) -> dict[str, Any]:

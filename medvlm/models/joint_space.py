@@ -96,7 +96,8 @@ class JointSpace:
 
     def embed_texts(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
         """[T, L] -> [T, D]."""
-        return self.project_text(self.encode_text(input_ids, attention_mask), attention_mask)
+        output = self.encode_text(input_ids, attention_mask)
+        return self.text_head(pool_text(output, attention_mask, self.text_pooling, self.text_layers))
 
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor | None) -> Any:
         """The text encoder's output."""
@@ -105,6 +106,3 @@ class JointSpace:
             attention_mask = None
         deep = self.text_layers != [-1]
         return self.text_encoder(input_ids=input_ids, attention_mask=attention_mask, output_hidden_states=deep)
-
-    def project_text(self, output: Any, attention_mask: Tensor | None) -> Tensor:
-        return self.text_head(pool_text(output, attention_mask, self.text_pooling, self.text_layers))

@@ -99,7 +99,7 @@ class Study(Section):
     description: str = ""
     ranks: int | None = Field(default=None, gt=0)
     """Of each training; by default all local GPUs, or two CPU ranks."""
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, lt=2**32)
     """Of trainings and evaluations."""
     data: StudyData
     overrides: Overrides = {}

@@ -88,25 +88,36 @@ def exchange_counts(
 
 
 class Quarantine:
-    """Lists the samples that could not be used, and stops the run above ``data.max_quarantined``."""
+    """Lists the samples that could not be used, and stops the run above ``data.max_quarantined``; and those that the
+    recipe does not ask for, of which it stops above ``data.pairs.max_left_out``."""
 
     def __init__(self, session: Session):
-        self.run, self.limit = session.run, session.config.data.max_quarantined
+        data = session.config.data
+        self.run, self.limit, self.most_left_out = session.run, data.max_quarantined, data.pairs.max_left_out
         self.targets = session.family.targets.replace("_", " ")
-        self.seen = self.quarantined = 0
+        self.seen = self.quarantined = self.left_out = 0
 
     def check(self, step: int, batches: Sequence[Any], counts: Counts, samples: int) -> None:
-        rows = [{"step": step + 1, "key": key, "reason": reason} for b in batches for key, reason in b.quarantined]
+        told = [pair for b in batches for pair in (*b.quarantined, *b.not_taken)]
+        rows = [{"step": step + 1, "key": key, "reason": reason} for key, reason in told]
         if rows:
             with (self.run / f"quarantine-rank{distributed.rank()}.jsonl").open("a") as file:
                 file.writelines(json.dumps(row) + "\n" for row in rows)
         self.seen, self.quarantined = self.seen + samples, self.quarantined + counts.quarantined
+        self.left_out += counts.more.get("left_out", 0)
+        reasons = f"the reasons are in {self.run}/quarantine-rank*.jsonl"
         # a share of few samples says little, so the first hundred are let pass, unless nothing is left of them
-        if self.quarantined > self.limit * max(self.seen, 100) or not counts.targets:
+        few = max(self.seen, 100)
+        if self.left_out > self.most_left_out * few or (self.left_out and not counts.targets):
+            raise Stop(
+                f"step {step + 1}: {self.left_out} of {self.seen} samples have no image or no text such as data.pairs "
+                f"asks for, {counts.targets} {self.targets} are left in this batch; data.pairs.max_left_out is "
+                f"{self.most_left_out}, {reasons}"
+            )
+        if self.quarantined > self.limit * few or not counts.targets:
             raise Stop(
                 f"step {step + 1}: {self.quarantined} of {self.seen} samples were quarantined, {counts.targets} "
-                f"{self.targets} are left in this batch; data.max_quarantined is {self.limit}, the "
-                f"reasons are in {self.run}/quarantine-rank*.jsonl"
+                f"{self.targets} are left in this batch; data.max_quarantined is {self.limit}, {reasons}"
             )
 
 
@@ -128,7 +139,7 @@ def update(
     rates = learning_rates(step, session.total, session.rates, training)
     for group, rate in zip(session.optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
-    seed = (session.config.run.seed * 1_000_003 + step) * 65_537 + distributed.rank()
+    seed = ((session.config.run.seed * 1_000_003 + step) * 65_537 + distributed.rank()) % 2**63
     given = Pass(session.config, engine, device, counts.targets, counts.more, world, session.accumulation, seed, phase)
     outcome = session.family.passes(given, batches)
     shares = torch.stack([outcome.share, *outcome.components.values()]).double().tolist()

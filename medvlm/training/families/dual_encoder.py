@@ -37,7 +37,7 @@ DIAGNOSED = 2048  # pairs of the validation data whose embeddings are looked at
 
 class DualEncoderFamily(Family):
     targets = "pairs"
-    counted = ("texts", "masked_tokens", "truncated")
+    counted = ("texts", "masked_tokens", "truncated", "left_out")
     image_parts = ("vision_tower", "vision_head")
 
     def components(self, config: RunConfig) -> DualComponents:
@@ -80,6 +80,7 @@ class DualEncoderFamily(Family):
             collate_pairs,
             pad_id=parts.tokenizer.pad_token_id,
             image_size=parts.image_size,
+            max_length=data.max_length,
             labels=len(encoder.labels),
             prior=encoder.prior,
             masking=masking is not None and training,
@@ -114,8 +115,8 @@ class DualEncoderFamily(Family):
         outs = []
         for n in range(len(batches)):
             with torch.no_grad():
-                outs.append(_forward(given, batches, n))
-        leaves = [{k: v.detach().requires_grad_() for k, v in out.items() if k != "masked_loss"} for out in outs]
+                outs.append(_forward(given, batches, n, embeddings_only=True))
+        leaves = [{k: v.detach().requires_grad_() for k, v in out.items()} for out in outs]
         for n in range(1, len(leaves)):  # the same numbers for all: once in the graph
             leaves[n] |= {k: leaves[0][k] for k in leaves[0] if k not in ROWS}
         share = loss_share(objective, leaves, batches)
@@ -130,15 +131,15 @@ class DualEncoderFamily(Family):
             masked = _masked_share(given, out)
             given.backward(surrogate + unused + masked)
             total += masked.detach()
+            outs[n] = {k: v.detach() for k, v in out.items()}
             if n + 1 < given.accumulation:
                 given.engine.step()
         return _outcome(outs, share.detach(), total)
 
     @torch.no_grad()
     def validate(self, session: Any) -> dict[str, float]:
-        """The loss over global batches as in training, and what the embeddings of some of the pairs look like.
-
-        May raise `boundary.Stop`.
+        """The loss over full global batches as in training, the same for any number of ranks, and what the embeddings
+        of some of the pairs look like. May raise `boundary.Stop`.
         """
         engine, config = session.engine, session.config
         objective = config.objective
@@ -146,8 +147,9 @@ class DualEncoderFamily(Family):
         data = self.dataset(config, session.parts, config.data.validation, training=False)
         micro, accumulation = config.training.micro_batch_size, session.accumulation
         size = micro * world * accumulation
-        limit = (config.training.evaluation_batches or len(data.reader)) * micro * world
-        numbers = list(range(len(data.reader)))[:limit]
+        known = len(data.reader)
+        whole = known // size * size or known  # a batch that is not full has a lower loss: only if no other is there
+        numbers = list(range(min(whole, (config.training.evaluation_batches or known) * size)))
         starts = range(0, len(numbers), size)
         work: Iterator[list[tuple[int, int | None]]]
         work = (
@@ -195,11 +197,15 @@ def sections(config: RunConfig) -> tuple[DualEncoder, Objective]:
     return config.model, config.objective
 
 
-def _forward(given: Pass, batches: Sequence[PairBatch], n: int) -> dict[str, Tensor]:
-    """The embeddings of a micro-batch's real rows. Dropout is drawn from the same seed whenever it is asked again."""
-    torch.manual_seed(given.seed * 1009 + n)
+def _forward(given: Pass, batches: Sequence[PairBatch], n: int, embeddings_only: bool = False) -> dict[str, Tensor]:
+    """The embeddings of a micro-batch's real rows, and the loss of masked tokens, which come after them, if there are
+    any. Dropout is drawn from the same seed whenever it is asked again."""
+    torch.manual_seed((given.seed * 1009 + n) % 2**63)
+    inputs = batches[n].inputs(given.device)
+    if embeddings_only:
+        inputs = {name: value for name, value in inputs.items() if not name.startswith("masked_")}
     with given.phase("forward"):
-        return _real(given.engine(**batches[n].inputs(given.device)), batches[n])
+        return _real(given.engine(**inputs), batches[n])
 
 
 def _real(out: dict[str, Tensor], batch: PairBatch) -> dict[str, Tensor]:
