@@ -11,7 +11,7 @@ from conftest import launch, refused_for_memory
 from dual_toy import BERT, CLIP_TEXT, RESNET, SIGLIP_TEXT, VIT
 from dual_world import make_pairs, pairs_recipe
 from plain import metrics
-from test_dual_training import Alone
+from test_dual_training import Alone, members_of
 from toy import SIGLIP
 
 from medvlm.config.load import load_recipe
@@ -157,9 +157,8 @@ def test_reports_without_the_sections_asked_for_are_left_out_and_counted(folder)
     def some():
         reader = ShardReader(folder / "pairs" / "train")
         for n in range(len(reader)):
-            sample, images = reader.load(n)
+            sample, members = members_of(reader, n)
             change = {"report": {"report": "Rotated. No effusion is seen."}} if n % 4 == 0 else {}
-            members = {i.file: image for i, image in zip(sample.images, images, strict=True)}
             yield sample.model_copy(update=change), members
 
     write_shards(some(), folder / "some", "some")

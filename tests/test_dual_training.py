@@ -6,7 +6,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 from conftest import launch
-from dual_toy import CLIP_TEXT, RESNET, SWIN
+from dual_toy import BERT, CLIP_TEXT, RESNET, SWIN
 from dual_world import make_pairs, pairs_recipe
 from plain import assert_same_run, initialised, metrics, plain_pytorch, whole_loss
 
@@ -35,6 +35,11 @@ def folder(tmp_path_factory):
     return folder
 
 
+def members_of(reader, n):
+    sample, images = reader.load(n)
+    return sample, {i.file: image for i, image in zip(sample.images, images, strict=True)}
+
+
 def recipe(folder, case, name, **options):
     start = {"model__init_from": str(folder / "runs" / f"init-{case}")}
     return pairs_recipe(folder, name, **{**CASES[case], **FAST, **start, **options})
@@ -51,16 +56,29 @@ def test_two_ranks_and_cached_gradients_equal_one_large_batch(folder, case, zero
     assert_same_run(metrics(folder, f"{case}-{zero}"), plain_pytorch(path))
 
 
+def test_the_evaluation_loss_is_one_of_full_batches_for_any_number_of_ranks(folder):
+    """Of 29 samples the first 24; a batch of the last five would have a lower loss."""
+    reader = ShardReader(folder / "pairs" / "train")
+    write_shards((members_of(reader, n) for n in range(29)), folder / "odd", "odd")
+    options = {"data__validation": [str(folder / "odd")], "training__steps": 1, "training__evaluate_every": 1}
+    options |= {"training__micro_batch_size": 2}
+    found = []
+    for ranks, batches in ((1, None), (2, None), (2, 3)):
+        name = f"evaluated-{ranks}-{batches}"
+        launch(recipe(folder, "convirt", name, **options, training__evaluation_batches=batches), ranks=ranks)
+        found += [row["eval_loss"] for row in metrics(folder, name) if "eval_loss" in row]
+    assert len(found) == 3 and found == pytest.approx([found[0]] * 3, rel=1e-5)
+
+
 def test_ranks_may_lack_images_or_texts(folder):
     """Of three samples that have one side each a rank has the same side thrice in a third of the steps."""
 
     def sides():
         reader = ShardReader(folder / "pairs" / "train")
         for n in range(len(reader)):
-            sample, images = reader.load(n)
+            sample, members = members_of(reader, n)
             left_out = {"report": {}} if n % 3 else {"images": [], "boxes": [], "messages": []}
-            members = {} if n % 3 == 0 else {i.file: image for i, image in zip(sample.images, images, strict=True)}
-            yield sample.model_copy(update=left_out), members
+            yield sample.model_copy(update=left_out), members if n % 3 else {}
 
     write_shards(sides(), folder / "sides", "sides")
     shape = {"training__global_batch_size": 6, "training__micro_batch_size": 1, "data__train": [str(folder / "sides")]}
@@ -153,13 +171,18 @@ def test_cached_gradients_equal_uncached_ones(folder, case):
             torch.testing.assert_close(cached[name], p.grad, rtol=1e-6, atol=1e-9, msg=name)
 
 
-@pytest.mark.parametrize("vision", [SWIN, RESNET], ids=["drop-path", "batch-norm"])
-def test_what_is_random_or_of_a_batch_is_the_same_in_both_passes(folder, vision):
+@pytest.mark.parametrize(
+    ("vision", "text", "masked"),
+    [(SWIN, CLIP_TEXT, False), (RESNET, CLIP_TEXT, False), (RESNET, BERT, True)],
+    ids=["drop-path", "batch-norm", "masked"],
+)
+def test_what_is_random_or_of_a_batch_is_the_same_in_both_passes(folder, vision, text, masked):
     """Dropout draws the same masks, batch statistics are those of the micro-batch: the loss is one of features that
-    the graph of the second pass gives again."""
-    text = {**CLIP_TEXT, "attention_dropout": 0.3}
+    the graph of the second pass gives again. Masked texts take part in the second alone, after the embeddings."""
+    text = {**text, "attention_dropout" if text is CLIP_TEXT else "hidden_dropout_prob": 0.3}
     vision = {**vision, "drop_path_rate": 0.4} if vision is SWIN else vision
     options = {"model__text_tower__pooling": "mean", "model__init_from": None}
+    options |= {"objective": MASKED} if masked else {}
     config = load_recipe(str(pairs_recipe(folder, "random", vision, text, **options)))
     batches = batches_of(config, 4)
     seen = []
@@ -170,10 +193,13 @@ def test_what_is_random_or_of_a_batch_is_the_same_in_both_passes(folder, vision)
         def __call__(self, **inputs):
             out = self.model(**inputs)
             seen.append((torch.is_grad_enabled(), out["image"].detach(), out["text"].detach()))
+            assert ("masked_loss" in out) == (masked and torch.is_grad_enabled())
             return out
 
-    given = Pass(config, Watched(model), torch.device("cpu"), 12, {}, 1, 3, 7, lambda _: nullcontext())
-    family.passes(given, batches)
+    counts = {name: sum(getattr(b, name) for b in batches) for name in family.counted}
+    given = Pass(config, Watched(model), torch.device("cpu"), 12, counts, 1, 3, 7, lambda _: nullcontext())
+    outcome = family.passes(given, batches)
+    assert ("masked_language_modeling" in outcome.components) == masked
     assert [enabled for enabled, *_ in seen] == [False] * 3 + [True] * 3
     for (_, *first), (_, *second) in zip(seen[:3], seen[3:], strict=True):
         for a, b in zip(first, second, strict=True):

@@ -148,7 +148,7 @@ def test_bf16_keeps_rotary_frequencies_in_fp32(world):
 
 
 def test_bf16_trains_under_zero3(world):
-    launch(make_recipe(world, "bf16-run", training__precision="bf16", training__steps=6))
+    launch(make_recipe(world, "bf16-run", training__precision="bf16", training__steps=6, run__seed=2**32 - 1))
     losses = [row["loss"] for row in metrics(world, "bf16-run")]
     assert losses[-1] < losses[0]
 
