@@ -25,6 +25,7 @@ CONVERTERS = (
 COMMANDS = {
     "phantom": ("data_prep.phantom", "prepare", "Draw synthetic chest radiographs with reports, boxes and questions."),
     "tokenizer": ("data_prep.tokenizer", "prepare", "Train a SentencePiece or WordPiece tokenizer."),
+    "screen-text": ("data_prep.burnt_in", "prepare", "List pictures in which OCR reads text, and blank it."),
     "deidentify": ("data_prep.deidentify", "prepare", "Write DICOM files without identifiers, and audit the result."),
 }
 PANEL = "Pipeline"

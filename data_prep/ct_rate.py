@@ -190,4 +190,5 @@ CONVERTER = Converter(
     license="CC-BY-NC-SA-4.0",
     help="CT-RATE chest CT volumes with reports.",
     items=items,
+    deep_tables=("dataset/*/*.csv",),
 )

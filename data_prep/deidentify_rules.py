@@ -12,6 +12,7 @@ from datetime import date, timedelta
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
+from medvlm.data.dicom import CODES
 from medvlm.data.phi import scan
 from medvlm.errors import UserError
 
@@ -158,12 +159,19 @@ def drop_text(level: "Dataset") -> None:
             _drop(level, element)
 
 
+TYPED = ("body_part", "view_position", "laterality")  # by people
+LISTED = {keyword: frozenset(CODES[name][1].split()) for name in TYPED for keyword in CODES[name][0]}
+CODE_STRING = re.compile(r"[A-Z0-9_ ]{0,16}")
+
+
 def drop_codes(level: "Dataset") -> None:
-    """A code string (BodyPartExamined, ViewPosition, ...) stays only if it is one; it is written in upper case."""
+    """A code string stays only if it is one, and BodyPartExamined, ViewPosition and Laterality, which people type, only
+    if it is one of the standard's. It is written in upper case."""
     for element in list(level):
         if element.VR == "CS":
             values = [value.strip().upper() for value in _values(element)]
-            if all(re.fullmatch(r"[A-Z0-9_ ]{0,16}", value) for value in values):
+            known = LISTED.get(element.keyword)
+            if all(value in known if known else CODE_STRING.fullmatch(value) for value in values if value):
                 element.value = values if len(values) > 1 else values[0]
             elif element.keyword != "SpecificCharacterSet":
                 _drop(level, element)

@@ -18,7 +18,7 @@ JOINS = {"StudyInstanceUID": "study", "AccessionNumber": "accession", "PatientID
 PICTURES = ("CR", "DX", "MG", "RG", "IO", "PX")
 SERIES = ("CT", "MR", "PT")  # others (ultrasound, screenshots) often have text burnt in
 TAGS = ["Modality", "StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID", "PatientID", "AccessionNumber"]
-TAGS += ["NumberOfFrames", "ViewPosition"]
+TAGS += ["NumberOfFrames", "ViewPosition", "PresentationIntentType"]
 
 
 @dataclass
@@ -65,6 +65,9 @@ def studies_of(
             yield Dropped(name, "not a DICOM file" if header is None else "header lacks an id")
             continue
         uid = ids["StudyInstanceUID"]
+        if ids["PresentationIntentType"].upper() == "FOR PROCESSING":  # the same exposure comes for presentation too
+            yield Dropped(name, "raw image for processing")
+            continue
         study = studies.setdefault(uid, Study(uid, ids["PatientID"], ids["AccessionNumber"], name))
         study.patients.add(ids["PatientID"])
         folder = path.parent.relative_to(source).as_posix()

@@ -65,6 +65,8 @@ class Converter:
     help: str
     items: Callable[..., Iterator[Item | Dropped]]
     mask: Literal["off", "report", "mask"] = "report"
+    deep_tables: tuple[str, ...] = ()
+    """Patterns of its tables below the second level, by which a changed archive is noticed."""
 
 
 def require(path: Path, hint: str) -> Path:

@@ -118,12 +118,19 @@ class _Job:
         self.mask = options.mask or converter.mask
         bound = inspect.signature(converter.items).bind(self.source, **converter_options)
         bound.apply_defaults()
+        given = [Path(v) for v in list(bound.arguments.values())[1:] if isinstance(v, str | Path) and str(v)]
+        tables = tables_digest(
+            self.source,
+            [p.resolve() for p in given if p.exists()],
+            converter.deep_tables,
+            out if self.output.local else "",
+        )
         fingerprint = {
             "converter": converter.name,
             "prefix": converter.name.replace("-", "_"),
             "license": converter.license,
             "source": str(self.source),
-            "tables": tables_digest(self.source),
+            "tables": tables,
             "options": dict(list(bound.arguments.items())[1:]),
             "samples_per_shard": options.samples_per_shard,
             "pixels": asdict(options.pixels),

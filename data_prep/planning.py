@@ -24,7 +24,7 @@ from medvlm.errors import UserError
 
 SPLITS = ("train", "validation", "test")
 UNKNOWN = "unknown"  # where a dropped row belongs whose split is not known
-TABLES = {".csv", ".tsv", ".txt", ".json", ".jsonl", ".parquet", ".xml", ".xlsx", ".gz", ".zip", ".arrow"}
+TABLES = {".csv", ".tsv", ".txt", ".json", ".jsonl", ".parquet", ".xml", ".xlsx", ".gz", ".zip", ".arrow", ".pkl"}
 KEY = re.compile(r"[A-Za-z0-9_\-]+")
 
 
@@ -62,15 +62,23 @@ class Plan:
         ]
 
 
-def tables_digest(source: Path) -> str:
-    """A hash of name, size and time of the tables in the top two levels of an archive, to notice that it changed."""
-    found = [source] if source.is_file() else [*source.glob("*"), *source.glob("*/*")]
-    rows = []
-    for path in found:
-        if path.suffix.lower() in TABLES and path.is_file():
+def tables_digest(source: Path, others: Iterable[Path] = (), deep: Iterable[str] = (), out: str = "") -> str:
+    """A hash of name, size and time of the tables in the top two levels of an archive, to notice that it changed; and
+    of those that ``others``, files or folders, are or hold, and of what the patterns ``deep`` find below its root.
+
+    What lies in ``out`` is not the archive's.
+    """
+    rows, own = [], Path(out).resolve()
+    for root in (source, *others):
+        found = [root] if root.is_file() else [*root.glob("*"), *root.glob("*/*")]
+        found += [path for pattern in deep for path in root.glob(pattern)] if root is source else []
+        for path in dict.fromkeys(found):
+            if path.suffix.lower() not in TABLES or not path.is_file() or path.resolve().is_relative_to(own):
+                continue
             stat = path.stat()
-            rows.append(f"{path.relative_to(source)} {stat.st_size} {stat.st_mtime_ns}")
-    return hashlib.sha256("\n".join(sorted(rows)).encode()).hexdigest()
+            name = path.relative_to(source) if path.is_relative_to(source) else path
+            rows.append(f"{name} {stat.st_size} {stat.st_mtime_ns}")
+    return hashlib.sha256("\n".join(sorted(set(rows))).encode()).hexdigest()
 
 
 def check_fingerprint(out: str, old: dict[str, Any], new: dict[str, Any]) -> None:

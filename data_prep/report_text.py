@@ -15,7 +15,12 @@ from medvlm.data.schema import DEIDENTIFICATION_MASK
 CORE = ("findings", "impression")
 # What surrounds a report is known before the image is read: never a target.
 CONTEXT = ("indication", "history", "comparison", "technique", "examination", "addendum", "preamble")
-_HEADER = re.compile(r"^[ \t]*(?P<name>[A-Z][A-Z ()/,&-]*):(?=\s|$)", re.MULTILINE)
+# Text may stand right behind the colon of a name that is known.
+_HEADER = re.compile(
+    r"^[ \t]*(?:(?P<name>[A-Z][A-Z ()/,&-]*):(?=\s|$)"
+    r"|(?P<close>FINDINGS|IMPRESSION|CONCLUSION|INDICATION|HISTORY|COMPARISON|TECHNIQUE):)",
+    re.MULTILINE,
+)
 _RULE = re.compile(r"^[ \t]*_{20,}[ \t]*$", re.MULTILINE)  # "___" alone in a line is a de-identified gap
 _BLANK_LINE = re.compile(r"\n[ \t]*\n")
 _LIST_ENTRY = re.compile(r"(?<=[.:!?])[ \t]*\n(?=[ \t]*\d{1,2}[.)][ \t])")
@@ -51,6 +56,8 @@ def section_name(header: str) -> str:
     name = " ".join(header.lower().replace("&", " and ").split())
     if name in _SECTION_OF:
         return _SECTION_OF[name]
+    if name.startswith(("reason for", "technique")):  # whatever of: "reason for chest x-ray" is no examination
+        return "technique" if name.startswith("technique") else "indication"
     near = difflib.get_close_matches(name, _SPELLED, n=1, cutoff=0.87)
     if near:
         return near[0].rstrip("s") if near[0] == "comparisons" else near[0]
@@ -63,28 +70,31 @@ def section_name(header: str) -> str:
 def split_sections(text: str) -> list[tuple[str, str]]:
     """(section, raw text) in the order of the report; what stands before the first header is ``preamble``.
 
-    A report without any header is one ``preamble``. Addenda at the top, divided from the report by lines of
-    underscores, are ``addendum`` whatever headers they hold.
+    A report without any header is one ``preamble``. Addenda, divided from the report by lines of underscores, are
+    ``addendum`` whatever headers they hold; the report is the last part with findings or impression, or else with any
+    header.
     """
     parts = [part for part in _RULE.split(text.replace("\r\n", "\n")) if part.strip()]
-    headed = [i for i, part in enumerate(parts) if _HEADER.search(part)]
-    main = headed[-1] if headed else len(parts) - 1
+    read = [_headed(part) for part in parts]
+    headed = [i for i, sections in enumerate(read) if len(sections) > 1]
+    whole = [i for i in headed if read[i][1][0] != "addendum" and any(name in CORE for name, _ in read[i])]
+    main = (whole or headed or [len(parts) - 1])[-1]
     found: list[tuple[str, str]] = []
     for i, part in enumerate(parts):
-        if i < main:
-            found.append(("addendum", part))
-        elif i == main:
-            found += _headed(part)
-        else:  # below the report: a signature, a second rule
-            found.append(("preamble", part))
+        if i == main:
+            found += read[i]
+        else:  # below the report a signature, or a second rule
+            found.append(("addendum" if i < main or i in headed else "preamble", part))
     return found
 
 
 def _headed(text: str) -> list[tuple[str, str]]:
+    """The preamble, and each header's section with its text."""
     headers = list(_HEADER.finditer(text))
     starts = [h.start() for h in headers] + [len(text)]
-    named = [(section_name(h["name"]), text[h.end() : end]) for h, end in zip(headers, starts[1:], strict=True)]
-    return [("preamble", text[: starts[0]]), *named]
+    names = [section_name(h["name"] or h["close"]) for h in headers]
+    texts = [text[h.end() : end] for h, end in zip(headers, starts[1:], strict=True)]
+    return [("preamble", text[: starts[0]]), *zip(names, texts, strict=True)]
 
 
 def parse_report(text: str) -> dict[str, str]:

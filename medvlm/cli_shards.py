@@ -1,5 +1,6 @@
 """``medvlm shards``: index, verify, audit, label, plan, summarise and show WebDataset shards."""
 
+from collections import Counter
 from pathlib import Path
 from typing import Annotated
 
@@ -158,7 +159,9 @@ def shards_show(
         legend = f"as {' '.join([recipe, *overrides])} feeds them in epoch {epoch}"
     title = f"medvlm shards show {' '.join(paths)}"
     cards = contact_sheet(reader, out, title, start=start, count=count, encoder=encoder, epoch=epoch, legend=legend)
-    print(f"{out}: {len(cards)} of {len(reader)} samples, {sum(c.reason is not None for c in cards)} quarantined")
+    told = Counter(card.fate for card in cards if card.reason is not None)
+    left_out = f", {told['left out']} left out" if told["left out"] else ""
+    print(f"{out}: {len(cards)} of {len(reader)} samples, {told['quarantined']} quarantined{left_out}")
 
 
 @app.command("plan")

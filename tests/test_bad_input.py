@@ -6,10 +6,13 @@ import shutil
 import pytest
 from conftest import launch, medvlm
 from toy import LLAMA, make_recipe, make_shards, make_tokenizer, sample
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from medvlm.config.load import load_recipe, recipe_names
 from medvlm.data.shards import ShardReader, write_shards
 from medvlm.errors import UserError
+from medvlm.models.backbones import load
+from medvlm.models.build import build_components
 from medvlm.training.setup import deepspeed_config
 
 
@@ -50,6 +53,50 @@ def test_every_recipe_is_valid(name):
 )
 def test_wrong_configuration_names_the_field_and_the_mend(folder, override, words):
     assert words in medvlm("train", make_recipe(folder), override, status=2)
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        ({"model_type": "t5"}, "'t5' is no causal language model"),
+        ({"model_type": "bert"}, "'bert' is no causal language model"),
+        ({"model_type": "llava"}, "'llava' is a model of several towers"),
+        ({"model_type": "llama", "quantization_config": {"quant_method": "fp8"}}, "weights are quantised (fp8)"),
+    ],
+)
+def test_a_folder_that_is_no_language_model_of_its_own_is_refused(tmp_path, values, sentence):
+    (tmp_path / "lm").mkdir()
+    (tmp_path / "lm/config.json").write_text(json.dumps(values))
+    path = make_recipe(tmp_path, model__language_model__config=None, model__language_model__path=str(tmp_path / "lm"))
+    with pytest.raises(UserError) as refused:
+        build_components(load_recipe(str(path)).llava)
+    assert sentence in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [("cut", "incomplete|header"), ("size", "ignore_mismatched_sizes")],
+)
+def test_weights_that_do_not_load_are_one_sentence(tmp_path, damage, reason):
+    """A download that broke off, and a configuration of another size than its weights."""
+    folder = tmp_path / "lm"
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(**LLAMA)).save_pretrained(folder)
+    if damage == "cut":
+        data = (folder / "model.safetensors").read_bytes()
+        (folder / "model.safetensors").write_bytes(data[: len(data) // 2])
+    else:
+        values = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(
+            json.dumps({**values, "intermediate_size": 2 * values["intermediate_size"]})
+        )
+    with pytest.raises(UserError, match=f"^here: cannot load .*({reason})"):
+        load(AutoModelForCausalLM, str(folder), "here")
+
+
+def test_texts_longer_than_the_language_models_positions_are_refused(folder):
+    config = {**LLAMA, "max_position_embeddings": 64}
+    output = fails(make_recipe(folder, model__language_model__config=config, data__max_length=128))
+    assert "data.max_length: 128 is more than the 64 tokens that the language model has positions for" in output
 
 
 def test_an_unknown_recipe_suggests_the_nearest():

@@ -30,6 +30,7 @@ def export(tmp_path) -> Path:
     write_dicom(root / "c" / "us.dcm", **{**ct, "SeriesInstanceUID": "1.2.826.2.3", "Modality": "US"})
     write_dicom(root / "d" / "x.dcm", StudyInstanceUID="1.2.826.3", PatientID="MRN0044", AccessionNumber="ACC79")
     write_dicom(root / "e" / "x.dcm", StudyInstanceUID="1.2.826.4", PatientID="")
+    write_dicom(root / "a" / "raw", SOPInstanceUID="1.2.826.1.1.3", PresentationIntentType="FOR PROCESSING")
     (root / "readme.txt").write_text("not an image")
     (root / "DICOMDIR").write_text("an index")
     return root
@@ -53,6 +54,7 @@ def test_studies_are_joined_to_their_reports_by_the_header(export, key, tmp_path
     assert answers(ct) == ["Findings: Nodule.\nImpression: Follow up."] and answers(xray) == ["Clear lungs."]
     assert (ct.fields["labels"], xray.fields["labels"]) == ({"Nodule": 1}, {"Nodule": 0})
     assert sorted(dropped(found)) == [
+        ("a/raw", "raw image for processing"),
         ("b/2-000.dcm", "series with few slices"),
         ("c", "modality not taken"),
         ("d/x.dcm", "study without a row in the table"),

@@ -33,6 +33,8 @@ ADDENDUM = """                                 FINAL REPORT
         ("CHEST, TWO VIEWS", "findings"),
         ("FRONTAL SEMI-UPRIGHT RADIOGRAPH", "findings"),
         ("REASON FOR EXAMINATION", "indication"),
+        ("REASON FOR CHEST X-RAY", "indication"),
+        ("TECHNIQUE OF CHEST CT", "technique"),
         ("CLINICAL HISTORY", "history"),
         ("COMPARISON FILM", "comparison"),
         ("RECOMMENDATION(S)", "recommendations"),
@@ -71,6 +73,23 @@ def test_addenda_above_the_line_of_underscores_are_kept_apart():
     parsed = parse_report(ADDENDUM + PLAIN_REPORT)
     assert tidy(parsed["impression"]) == "No acute disease."
     assert "Text of the addendum" in parsed["addendum"] and "Text of the addendum" not in parsed["preamble"]
+
+
+@pytest.mark.parametrize("below", ["NOTIFICATION: Dr. X was told.", "ADDENDUM:\nIMPRESSION: another.", "Signed."])
+def test_what_stands_below_the_report_is_not_the_report(below):
+    rule = "_" * 30
+    text = f"INDICATION: Cough.\nFINDINGS: Clear.\nIMPRESSION: Normal.\n{rule}\n{below}"
+    found = parse_report(text)
+    assert (tidy(found["findings"]), tidy(found["impression"])) == ("Clear.", "Normal.")
+    assert "last_paragraph" not in found and tidy(found["indication"]) == "Cough."
+
+
+def test_text_may_stand_right_behind_the_colon_of_a_known_header():
+    assert parse_report("FINDINGS:Lungs are clear.\nIMPRESSION:Normal.\n") == {
+        "findings": "Lungs are clear.\n",
+        "impression": "Normal.\n",
+    }
+    assert "at noon" not in split_sections("NOON:12:30\n")[0][0]
 
 
 def test_a_gap_that_fills_a_line_is_no_rule():

@@ -3,6 +3,7 @@
 import json
 import random
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,13 @@ from PIL import Image
 from toy import TEMPLATE, make_shards, make_tokenizer, png, sample
 from transformers import AutoTokenizer, CLIPImageProcessor, SiglipImageProcessor
 
-from medvlm.data.conversation import IGNORE, ConversationEncoder, multimodal_template
+from medvlm.data.conversation import (
+    IGNORE,
+    ConversationEncoder,
+    asked_as_trained,
+    multimodal_template,
+    plain_template,
+)
 from medvlm.data.images import ImageTransform
 from medvlm.data.loader import Encoded, MicroBatches, SampleEncoder, collate, load_batches, shuffle_turns
 from medvlm.data.schema import make_message, parse_sample
@@ -67,6 +74,43 @@ def test_ids_are_those_of_the_whole_rendered_conversation(tokenizer):
     plain = [{"role": m.role, "content": [p.model_dump() for p in m.content]} for m in messages]
     text = tokenizer.apply_chat_template(plain, chat_template=template, tokenize=False)
     assert encoder(messages)[0] == tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+THINKING = (
+    "{% for m in messages %}{{ '<' + m['role'] + '>' }}"
+    "{% if m['role'] == 'assistant' and loop.last %}{{ '<think></think>' }}{% endif %}"
+    "{{ m['content'] + eos_token }}{% endfor %}{% if add_generation_prompt %}{{ '<assistant>' }}"
+    "{% if enable_thinking is defined and not enable_thinking %}{{ '<think></think>' }}{% endif %}{% endif %}"
+)
+
+
+def test_a_question_is_asked_as_it_was_trained(tokenizer):
+    """Qwen3's template puts an empty block of thoughts before the last answer, and asks without it by default."""
+    template = multimodal_template(THINKING)
+    plain = [{"role": "user", "content": "a"}]
+    ask = {"chat_template": template, "tokenize": False, "add_generation_prompt": True}
+    assert not tokenizer.apply_chat_template(plain, **ask).endswith("<think></think>")
+    chosen = asked_as_trained(tokenizer, template)
+    assert tokenizer.apply_chat_template(plain, **{**ask, "chat_template": chosen}).endswith("<think></think>")
+    for other in (multimodal_template(TEMPLATE), multimodal_template(None)):
+        assert asked_as_trained(tokenizer, other) == other
+    always = THINKING.replace("enable_thinking is defined and not enable_thinking", "false")
+    with pytest.raises(UserError, match="otherwise than it was trained"):
+        asked_as_trained(tokenizer, multimodal_template(always))
+
+
+def test_a_template_that_prints_the_date_gives_the_same_text_every_day(tokenizer):
+    dated = multimodal_template("{{ 'Today: ' + strftime_now('%d %b %Y') }}" + TEMPLATE)
+    ids, _ = ConversationEncoder(tokenizer, dated, 1)([make_message(*turn) for turn in TURNS])
+    assert ids[:4] == tokenizer("Today: 01 Jan 2025", add_special_tokens=False)["input_ids"][:4]
+
+
+def test_of_several_templates_the_default_one_is_taken(tokenizer):
+    several = SimpleNamespace(name_or_path="x", chat_template={"default": TEMPLATE, "tool_use": "{{ 1 }}"})
+    assert plain_template(several) == TEMPLATE
+    several.chat_template.pop("default")
+    with pytest.raises(UserError, match="has chat templates tool_use, and no default one"):
+        plain_template(several)
 
 
 def test_a_template_without_an_end_of_turn_is_refused(tokenizer):

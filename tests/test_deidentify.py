@@ -229,6 +229,14 @@ def test_a_refused_file_loses_its_earlier_version_and_the_command_fails(monkeypa
     assert (tmp_path / "key").read_text().strip() not in printed.out + printed.err
 
 
+def test_names_typed_into_code_strings_go(tmp_path):
+    dataset = marked(0, 0, 0)
+    dataset.BodyPartExamined, dataset.ViewPosition, dataset.Laterality = "SMITH JOHN", "PA", "L"
+    deidentify(write(tmp_path / "in", dataset), tmp_path / "out", KEY, workers=1)
+    [found] = [pydicom.dcmread(path) for path in files_of(tmp_path / "out")]
+    assert "BodyPartExamined" not in found and (found.ViewPosition, found.Laterality) == ("PA", "L")
+
+
 def test_text_in_pixel_data_is_found(tmp_path):
     ds = marked(1, 1, 0)
     ds.PixelData = ds.PixelData[:100] + str(ds.PatientID).encode() + ds.PixelData[100 + len(str(ds.PatientID)) :]

@@ -156,6 +156,16 @@ def test_modality_and_voi_lut():
     assert deep.pixels.ravel().tolist() == [100, 100, 200, 300, 300] and deep.metadata["value_slope"] == 1
 
 
+@pytest.mark.parametrize(("declared", "white"), [(12, 255), (16, 255), (8, 255)])
+def test_a_voi_lut_may_declare_more_bits_than_its_table_has(declared, white):
+    """As some makers do: 16 for a table up to 4095. One of 16 bits that stays below is another's choice of white."""
+    top = 255 if declared == 8 else 4095
+    lut = sequence(LUTDescriptor=[2, 0, declared], LUTData=[0, top])
+    lut[0]["LUTDescriptor"].VR = lut[0]["LUTData"].VR = "US"
+    data = to_bytes(make_dicom(np.array([[0, 1]], np.uint16), bits=12, VOILUTSequence=lut))
+    assert picture(data).pixels.ravel().tolist() == [0, white]
+
+
 @pytest.mark.parametrize("photometric", ["MONOCHROME1", "MONOCHROME2"])
 def test_16_bits_are_lossless_and_lead_back_to_modality_units(photometric):
     x = np.array([[-2048, -1, 0, 1, 2047]], np.int16)

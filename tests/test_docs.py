@@ -214,6 +214,17 @@ def test_links_between_pages_resolve(page):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(REPO)))
+def test_commands_named_in_the_text_exist(page):
+    text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.M | re.S)
+    for command in re.findall(r"`medvlm ([a-z][a-z-]*(?: [a-z][a-z-]+)?)", text):
+        group, *rest = command.split()
+        known = whole_command().commands
+        assert group in known, f"{page.name}: medvlm {command}"
+        inner = getattr(known[group], "commands", None)
+        assert not (inner and rest) or rest[0] in inner, f"{page.name}: medvlm {command}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(REPO)))
 def test_files_named_in_the_text_exist(page):
     text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.M | re.S)
     for name in re.findall(r"`((?:medvlm|data_prep|tests|launchers|ds_configs|docs)/[\w./-]+)`", text):

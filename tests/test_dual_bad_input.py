@@ -46,10 +46,13 @@ def folder(tmp_path_factory):
         (["data.packing.tokens=128"], "data.packing: is for language models"),
         (["training.sequence_parallel=2"], "training.sequence_parallel: is for language models"),
         (["model.text_tower.pooling=pooler", "model.text_tower.pooling_layers=[1,-1]"], "is of the last layer"),
-        (["model.vision_head.hidden_dim=64"], "`hidden_dim` does nothing with `kind: linear`"),
-        (["model.text_head.kind=none", "model.text_head.bias=true"], "`bias` does nothing with `kind: none`"),
-        (["objective.label_similarity=dot"], "label_similarity: is of semantic_matching, not of info_nce"),
-        (["data.pairs.labels=[Edema]"], "data.pairs.labels: are of the objective semantic_matching only"),
+        (["model.vision_head.hidden_dim=64"], "model.vision_head.hidden_dim: does nothing with `kind: linear`"),
+        (
+            ["model.text_head.kind=none", "model.text_head.bias=true"],
+            "model.text_head.bias: does nothing with `kind: none`",
+        ),
+        (["objective.label_similarity=dot"], "objective.label_similarity: does nothing with `kind: info_nce`"),
+        (["data.pairs.labels=[Edema]"], "data.pairs.labels: does nothing with `objective.kind: info_nce`"),
         (["run.seed=-1"], "run.seed: Input should be greater than or equal to 0"),
         (["run.seed=4294967296"], "run.seed: Input should be less than 4294967296"),
     ],
@@ -170,8 +173,30 @@ def test_reports_without_the_sections_asked_for_are_left_out_and_counted(folder)
     assert {r["reason"] for r in left_out} == {"empty report: nothing to read in findings, impression"}
     assert not any(r["quarantined"] for r in rows)
     assert all(r["pairs"] == r["samples"] - r["left_out"] for r in rows)
+    assert all(row["left_out"] for row in left_out)
     said = launch(path, "run.name=fewer", "data.pairs.max_left_out=0.05", ranks=1, fails=True)
     assert "data.pairs.max_left_out is 0.05, the reasons are in" in said
+
+
+def test_a_last_batch_of_left_out_samples_alone_is_no_step(folder):
+    """Nine samples in batches of eight, of which the one that comes last has no findings."""
+    path = pairs_recipe(folder, "rest", training__epochs=1, training__steps=None, training__global_batch_size=8)
+    config = load_recipe(str(path), [f"data.train=[{folder / 'nine'}]"])
+    reader = ShardReader(folder / "pairs" / "train")
+    write_shards((members_of(reader, n) for n in range(9)), folder / "nine", "nine")
+    data = feed.training_data(config, family_of(config.model).components(config))
+    [last] = [number for pack in feed.make_plan(config, data, None).global_batch_at(1) for number, _ in pack]
+
+    def some():
+        for n in range(9):
+            sample, members = members_of(reader, n)
+            yield sample.model_copy(update={"report": {"indication": "Cough."}} if n == last else {}), members
+
+    write_shards(some(), folder / "last", "last")
+    launch(path, f"data.train=[{folder / 'last'}]", ranks=2)
+    first, second = metrics(folder, "rest")
+    assert first["pairs"] == 8 and "skipped" not in first
+    assert second["skipped"] == "all samples of the batch are left out" and second["left_out"] == 1
 
 
 def test_training_is_refused_before_it_starts_where_it_cannot_fit(folder, tmp_path):

@@ -154,9 +154,9 @@ def test_no_question_keeps_an_image_of_its_own_patient(count, patients, images):
     for seed in range(5):
         places = donors(questions, seed)
         assert len(places) == count * images
-        by_key = {q.key: q for q in questions}
-        for (key, _), (i, _) in places.items():
-            assert questions[i].group != by_key[key].group
+        by_sample = {q.sample_index: q for q in questions}
+        for (number, _), (i, _) in places.items():
+            assert questions[i].group != by_sample[number].group
         assert places == donors(questions, seed)
         if 2 * max(-(-count // patients), 1) <= count:
             assert len(set(places.values())) == count * images, "a permutation shows every image once"
@@ -167,9 +167,25 @@ def test_one_dominant_patient_still_never_sees_its_own_image():
     for s, _ in items[:8]:
         object.__setattr__(s, "patient_id", "dominant")
     questions = load_questions(Reader(items))
-    by_key = {q.key: q for q in questions}
-    for (key, _), (i, _) in donors(questions, 0).items():
-        assert questions[i].group != by_key[key].group
+    by_sample = {q.sample_index: q for q in questions}
+    for (number, _), (i, _) in donors(questions, 0).items():
+        assert questions[i].group != by_sample[number].group
+
+
+def test_samples_of_two_folders_may_have_the_same_key():
+    items = toy_items(6, 6, lambda i: 1 + i % 2)
+    for s, _ in items:
+        object.__setattr__(s, "key", "1")
+    questions = load_questions(Reader(items))
+    places = donors(questions, 0)
+    assert len(places) == 9 and all(questions[i].group != items[s][0].group for (s, _), (i, _) in places.items())
+
+
+def test_an_answer_that_is_an_article_stays_one():
+    """As of PMC-VQA, whose answers are letters."""
+    assert metrics.exact_match("A", "a") and not metrics.exact_match("", "A") and not metrics.exact_match("The", "A")
+    assert metrics.token_scores("A", "A").recall == 1 and metrics.normalize_gold("a mass") == "mass"
+    assert not metrics.contains("I cannot tell", "A") and not metrics.contains("", "A") and metrics.contains("(A)", "A")
 
 
 def test_a_single_patient_has_no_shuffled_control():

@@ -1,6 +1,7 @@
 """FLOPs of a step beside torch.utils.flop_counter, which counts what is executed."""
 
 from collections import Counter
+from functools import partial
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from toy import CLIP, LLAMA, make_recipe, make_tokenizer
 from medvlm.config.load import load_recipe
 from medvlm.config.model import Llava
 from medvlm.config.objective import MaskedLanguageModeling, Objective
+from medvlm.config.schema import RunConfig
 from medvlm.data.loader import Encoded, collate
 from medvlm.models.build import build_components, build_model
 from medvlm.models.build_dual_encoder import build_components as build_dual_components
@@ -209,6 +211,12 @@ def test_a_dual_encoder_costs_what_the_counter_counts(tmp_path, vision, masked):
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         sum(value.sum() for value in model(**made).values()).backward()
     texts = 6 if masked else 3  # as they are, and masked
-    counts = {"images": 3, "tokens": 24 * texts, "texts": 3, "masked_tokens": 15, "targets": 3}
-    costs = recorder.costs.of(work_of(counts, {None: attended_pairs([24] * texts, None)}))
-    assert sum(cost.model for cost in costs.values()) == pytest.approx(counter.get_total_flops(), rel=0.01)
+    counts = {"images": 3, "tokens": 24 * 3, "texts": 3, "masked_tokens": 15, "targets": 3}
+    done = work_of(counts, {None: attended_pairs([24] * texts, None)})
+    found = counter.get_total_flops()
+    assert sum(cost.model for cost in recorder.costs.of(done).values()) == pytest.approx(found, rel=0.01)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(**{name: value for name, value in made.items() if not name.startswith("masked_")})
+    run = RunConfig.model_construct(objective=objective, model=config)
+    again = recorder.costs.of(done, partial(DUAL_ENCODER.repeated, run, 2)).values()
+    assert sum(cost.again for cost in again) == pytest.approx(counter.get_total_flops(), rel=0.01)

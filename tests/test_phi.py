@@ -29,7 +29,9 @@ IDENTIFIERS = [
         ("date", t)
         for t in ("20150302", "04/2014", "January 2013", "3/12", "01.02.2019", "January 3rd", "Nov 5", "12.03.19")
     ],
-    *[("age", t) for t in ("93", "95", "92", "101", "ninety-two")],
+    *[("name", t) for t in ("Hans Kowalski", "Nowak", "LEWANDOWSKI")],
+    *[("date", t) for t in ("12 jan 2020", "4.3.20")],
+    *[("age", t) for t in ("93", "95", "92", "101", "ninety-two", "94")],
     *[("id", t) for t in ("00123456", "RX-998877", "12345678", "123-45-6789", "S19-12345", "5567-22", "99887766")],
     *[("uid", t) for t in ("1.2.840.113619.2.55.3.604688119",)],
     *[("phone", t) for t in ("(555) 123-4567", "555.123.4567", "+49 30 1234567", "12345", "4455", "555-1234")],
@@ -50,6 +52,8 @@ Electronically signed by ALICE GREEN MD on 01.02.2019. Read by Peter Parker, MD.
 Study UID 1.2.840.113619.2.55.3.604688119 of DOE^JANE^Q. Specimen S19-12345. Case No. 5567-22. Order #: 99887766.
 cc: Laura Palmer. Kevin Hart, MD, agreed. Dr. M. Imran Khan was told. We paged Dr. Emily
 Stone. Drs. Miller and Rossi concur. Dr. Foley placed it. Findings were discussed with John Adams at 3:45 pm.
+Radiologist: Dr. med. Hans Kowalski. Prof. Dr. Nowak, at the age of 94, agrees. DR LEWANDOWSKI NOTIFIED AT 3PM.
+Compared with 12 jan 2020, dated 4.3.20.
 """
 # Text of reports that is nobody's: eponyms, levels, fractions, measures, codes, ages up to 89, years, times.
 INNOCENT = """Swan-Ganz catheter tip in the right main pulmonary artery. Kerley B lines. Hunt and Hess grade 3.
@@ -57,7 +61,8 @@ Density of 45 Hounsfield units. Dobhoff tube and Foley catheter in place. Cobb a
 Upper 1/2 of the lung, strength 5/5, 2/6 murmur, image 10/45 of series 3. Nodule of 3.3 x 2.2 cm, 8-12 weeks, T12-L1.
 ICD 786.2, V76.12, 724.5; BP 120/80; saturation 98% on room air; 400-1000 mg; 1,234,567 cells; ratio 2.3.4.
 There may be 5 mm nodules; march of progress. PA and lateral views. Discussed with Emergency Department at 3:45 pm.
-Notified ICU Nurse. 45-year-old male, 85 y/o, 30 pack years. Radiologist: Attending. Read by: Radiology Resident.
+Notified ICU Nurse. DR CHEST AT 3PM. The dr. med. faculty. Version 4.3.20.
+45-year-old male, 85 y/o, 30 pack years. Radiologist: Attending. Read by: Radiology Resident.
 Dr. XXXX was notified, Mr. ___ called. The Patient is a 45-year-old. Port-A-Cath, Boston Scientific. T1 and T2 weighted.
 Bosniak 2F cyst, L4 5MM anterolisthesis, LEFT CT 12345 no. MR Brain and MS lesions. Since 2019. Mitral valve 90 mm.
 Discussed with Port Cath team, notified Swan Ganz service.

@@ -24,6 +24,7 @@ from data_prep import cli, executors, pipeline, shard_task
 from data_prep.items import Dropped, Item, Source
 from data_prep.masking import drop_masked_turns
 from data_prep.pipeline import PipelineOptions
+from data_prep.planning import tables_digest
 from medvlm.data.shards import MERGED, ShardReader, merge_index
 from medvlm.errors import UserError
 
@@ -186,6 +187,28 @@ def test_a_changed_table_is_refused(tmp_path):
         file.write("\nk9,3.png,train,p1")
     with pytest.raises(UserError, match="tables of the archive have changed"):
         prepare(source, tmp_path / "out")
+
+
+def test_what_is_written_into_the_archive_is_not_a_change_of_it(tmp_path):
+    source = make_archive(tmp_path / "archive", 30)
+    assert not prepare(source, source / "shards", part="0/2")["complete"]
+    assert prepare(source, source / "shards")["complete"]
+
+
+def test_tables_elsewhere_and_deep_ones_count(tmp_path):
+    """Of `generic --table`, and CT-RATE's in dataset/*/."""
+    source, table = tmp_path / "archive", tmp_path / "reports.csv"
+    for path in (source / "dataset/metadata/m.csv", table, source / "out/own.json"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("a")
+    given = {"others": [table], "deep": ["dataset/*/*.csv"], "out": str(source / "out")}
+    before = tables_digest(source, **given)
+    (source / "out/own.json").write_text("aa")
+    assert tables_digest(source, **given) == before
+    for path in (table, source / "dataset/metadata/m.csv"):
+        path.write_text("aa")
+        assert tables_digest(source, **given) != before
+        before = tables_digest(source, **given)
 
 
 def test_a_folder_with_other_shards_is_refused(archive, tmp_path):

@@ -6,6 +6,8 @@ from conftest import launch
 from plain import assert_same_run, metrics, plain_pytorch
 from toy import LLAMA, make_recipe
 
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+
 
 def recipe(world, name, size=2, **options):
     start = {
@@ -52,6 +54,11 @@ def test_evaluation_counts_every_token_once(world):
             {"model__language_model__config": {**LLAMA, "num_attention_heads": 1, "num_key_value_heads": 1}},
             2,
             "1 heads",
+        ),
+        (
+            {"model__language_model__config": {**LLAMA, "rope_parameters": DYNAMIC}},
+            2,
+            "rope of type dynamic depends on a row's length",
         ),
         (
             {"model__language_model__config": {**LLAMA, "model_type": "mistral", "sliding_window": 64}},

@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from medvlm.config.model import DualEncoder, Section
 from medvlm.config.schema import RunConfig
 from medvlm.errors import UserError
 
@@ -40,9 +41,37 @@ def load_recipe(recipe: str, overrides: list[str] | None = None, extra: dict[str
             raise UserError(f"override {override!r} is not of the form section.key=value")
         assign(values, key, parse(value, override))
     try:
-        return RunConfig.model_validate(values)
+        config = RunConfig.model_validate(values)
     except ValidationError as error:
         raise UserError("\n".join(f"{recipe}: {_explain(e)}" for e in error.errors())) from None
+    _refuse_idle(config, recipe)
+    return config
+
+
+def _refuse_idle(config: RunConfig, recipe: str) -> None:
+    """Raise UserError for an option that would do nothing, such as ``hidden_dim`` of a head of one layer.
+
+    It is no rule of the schema, by which runs that were begun with one could not be read any more.
+    """
+    model, objective = config.model, config.objective
+    if not isinstance(model, DualEncoder) or objective is None:
+        return
+    two_layers = ("hidden_dim", "activation", "norm")
+    without_use = {"none": (*two_layers, "bias"), "linear": two_layers}
+    cases: list[tuple[str, Section, tuple[str, ...], str]] = [
+        (f"model.{part}", head, without_use.get(head.kind, ()), f"`kind: {head.kind}`")
+        for part, head in (("vision_head", model.vision_head), ("text_head", model.text_head))
+    ]
+    for name, kind in (("image_weight", "info_nce"), ("label_similarity", "semantic_matching")):
+        cases.append(("objective", objective, (name,) if objective.kind != kind else (), f"`kind: {objective.kind}`"))
+    matching = objective.kind == "semantic_matching"
+    cases.append(
+        ("data.pairs", config.data.pairs, () if matching else ("labels",), f"`objective.kind: {objective.kind}`")
+    )
+    for place, section, names, why in cases:
+        for name in names:
+            if getattr(section, name) != type(section).model_fields[name].default:
+                raise UserError(f"{recipe}: {place}.{name}: does nothing with {why}")
 
 
 def recipe_values(recipe: str) -> dict[str, Any]:

@@ -148,7 +148,7 @@ class ImageEncoder(Backbone):
 
     pooling: Literal["pooler", "cls", "mean", "max"] = "pooler"
     image_size: int | None = Field(default=None, gt=0)
-    """Of a convolutional tower, which takes any; by default its image processor's, or 224."""
+    """Of a convolutional tower, which takes any, or of DINOv2; by default its image processor's, or 224."""
 
 
 class TextTower(Backbone):
@@ -186,16 +186,6 @@ class Head(Part):
         if train == "lora":
             raise ValueError("a head is small and new, it takes no adapters: give frozen or full")
         return train
-
-    @model_validator(mode="after")
-    def _has_layers(self) -> "Head":
-        """Options that would do nothing are refused."""
-        two_layers = ("hidden_dim", "activation", "norm")
-        of_others = {"none": (*two_layers, "bias"), "linear": two_layers}.get(self.kind, ())
-        for name in of_others:
-            if getattr(self, name) != type(self).model_fields[name].default:
-                raise ValueError(f"`{name}` does nothing with `kind: {self.kind}`")
-        return self
 
 
 class PriorImage(Section):

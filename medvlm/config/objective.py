@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from medvlm.config.model import Section
 
@@ -26,10 +26,3 @@ class Objective(Section):
     label_similarity: Literal["cosine", "dot"] = "cosine"
     """Of ``semantic_matching``."""
     masked_language_modeling: MaskedLanguageModeling | None = None
-
-    @model_validator(mode="after")
-    def _of_its_kind(self) -> "Objective":
-        for name, kind in (("image_weight", "info_nce"), ("label_similarity", "semantic_matching")):
-            if self.kind != kind and getattr(self, name) != type(self).model_fields[name].default:
-                raise ValueError(f"{name}: is of {kind}, not of {self.kind}")
-        return self

@@ -260,8 +260,6 @@ class RunConfig(Section):
                 raise ValueError("model.similarity.bias: the sigmoid objective needs one, such as -10, the others none")
             if self.objective.masked_language_modeling and self.model.text_tower.train == "frozen":
                 raise ValueError("objective.masked_language_modeling: the text tower is frozen")
-            if self.data.pairs.labels and self.objective.kind != "semantic_matching":
-                raise ValueError("data.pairs.labels: are of the objective semantic_matching only")
             for name in ("packing", "length_grouped", "padding_free", "volume_slices", "shuffle_turns"):
                 if getattr(self.data, name):
                     raise ValueError(f"data.{name}: is for language models, not for a dual encoder")

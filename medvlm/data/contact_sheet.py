@@ -24,7 +24,7 @@ CARDS = """
 <article id="s{{ card.number }}"{% if card.reason %} class="quarantined"{% endif %}>
 <h2>{{ card.key }} <small>number {{ card.number }}{% if card.counts %} &middot; {{ card.counts.tokens }} tokens:
 {{ card.counts.image }} image, {{ card.counts.supervised }} supervised{% endif %}</small></h2>
-{% if card.reason %}<p class="reason">quarantined: {{ card.reason }}</p>{% endif %}
+{% if card.reason %}<p class="reason">{{ card.fate }}: {{ card.reason }}</p>{% endif %}
 <div class="row">{% if card.pictures %}<div class="pictures">
 {% for picture in card.pictures %}<figure>{{ svg(picture) }}
 <figcaption>{{ picture.caption }}</figcaption></figure>{% endfor %}

@@ -103,7 +103,7 @@ def _block(card: Card) -> tuple[list[Line], float, float]:
     counts = "".join(f"  {value} {name}" for name, value in card.counts.items())
     lines = list(_wrap([(card.key, "title"), (f"  number {card.number}{counts}", "faint")], columns))
     if card.reason:
-        lines += _wrap([(f"quarantined: {card.reason}", "reason")], columns)
+        lines += _wrap([(f"{card.fate}: {card.reason}", "reason")], columns)
     runs = [(f"<image> x {p.tokens}" if p.image else visible(p.text), _kind(p)) for p in card.pieces]
     for role, text in card.turns:
         runs += [(f"{role}: ", "faint"), (f"{text}\n", "other")]

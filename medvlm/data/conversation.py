@@ -35,12 +35,60 @@ MULTIMODAL_PRELUDE = (
     "{%- endfor -%}{%- set messages = flat.messages -%}"
 )
 
+ONE_DAY = (
+    "{%- macro strftime_now(form) -%}"
+    "{{ {'%Y-%m-%d': '2025-01-01', '%d %B %Y': '01 January 2025'}.get(form, '01 Jan 2025') }}"
+    "{%- endmacro -%}"
+)
+
 
 def multimodal_template(template: str | None) -> str:
     """The chat template of the exported processor: accepts string contents and lists of parts."""
     if template and IMAGE_MARK in template:
         return template  # already multimodal
     return MULTIMODAL_PRELUDE + (template or DEFAULT_TEMPLATE)
+
+
+def plain_template(tokenizer: Any) -> str | None:
+    """A tokenizer's chat template; of several the default one. Raises UserError where none of them is."""
+    template = tokenizer.chat_template
+    if isinstance(template, dict):
+        if "default" not in template:
+            raise UserError(f"{tokenizer.name_or_path}: has chat templates {', '.join(template)}, and no default one")
+        return template["default"]
+    return template
+
+
+def asked_as_trained(tokenizer: Any, template: str) -> str:
+    """The template, if what stands before an answer that is trained is what a question is asked with later.
+
+    Qwen3's puts an empty block of thoughts before the last answer and asks without it, unless ``enable_thinking`` is
+    false, which is then written into the template. Raises UserError for one that differs in another way.
+    """
+
+    def before_answers(chosen: str) -> tuple[str, str]:
+        user, answer = ({"role": role, "content": mark} for role, mark in (("user", "\ue000"), ("assistant", "\ue001")))
+        try:
+            trained = rendered(tokenizer, chosen, [user, answer])
+            asked = rendered(tokenizer, chosen, [user], add_generation_prompt=True)
+        except Exception as error:  # jinja templates raise whatever they like
+            raise UserError(f"the chat template refuses a question and an answer: {error}") from error
+        return trained.partition("\ue001")[0].rstrip(), asked.rstrip()
+
+    for chosen in (template, "{%- set enable_thinking = false -%}" + template):
+        trained, asked = before_answers(chosen)
+        if trained == asked:
+            return chosen
+    raise UserError(
+        f"{tokenizer.name_or_path}: its chat template puts {trained[-40:]!r} before an answer, and {asked[-40:]!r} "
+        "where one is asked for: the model would be asked otherwise than it was trained; give another"
+    )
+
+
+def rendered(tokenizer: Any, template: str, messages: list[dict[str, Any]], **options: Any) -> str:
+    """The text of messages. Some templates print the day's date, by which a text would depend on when it is read: here
+    it is always the same."""
+    return tokenizer.apply_chat_template(messages, chat_template=ONE_DAY + template, tokenize=False, **options)
 
 
 class ConversationEncoder:
@@ -68,7 +116,7 @@ class ConversationEncoder:
                 slots += kind == "text"
             messages.append({"role": role, "content": parts})
         try:
-            text = self.tokenizer.apply_chat_template(messages, chat_template=self.template, tokenize=False)
+            text = rendered(self.tokenizer, self.template, messages)
         except Exception as error:  # jinja templates raise whatever they like
             raise UserError(f"the chat template refuses these turns: {error}") from error
         pieces = re.split("\ue000(\\d+)\ue001", text)

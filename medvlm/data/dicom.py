@@ -237,8 +237,7 @@ def _windowed(
     elif windows is None and header.get("VOILUTSequence"):
         from pydicom.pixels import apply_voi
 
-        bits = int(header.VOILUTSequence[0].LUTDescriptor[2])
-        shown = apply_voi(np.rint(values).astype(np.int32), header) / (2**bits - 1)
+        shown = apply_voi(np.rint(values).astype(np.int32), header) / _top_of_table(header.VOILUTSequence[0])
     else:
         own = _own_windows(header)
         if windows is not None and windows >= len(own):
@@ -255,6 +254,16 @@ def _windowed(
     shown = to_8_bit(shown)
     shown[~valid] = 0
     return shown, applied
+
+
+def _top_of_table(lut: "Dataset") -> int:
+    """The value that is white: of the bits that are declared, or, as some makers declare 16 for a table of 12, of those
+    that its largest value needs."""
+    declared = int(lut.LUTDescriptor[2])
+    data = lut.LUTData
+    table = np.frombuffer(data, "<u2") if isinstance(data, bytes) else np.asarray(data)
+    needed = max(8, int(table.max()).bit_length())
+    return 2 ** (needed if declared == 16 and needed < 16 else declared) - 1
 
 
 def _channels(values: np.ndarray, windows: list[Window]) -> np.ndarray:

@@ -150,6 +150,7 @@ def mentions(sentence: str) -> tuple[Mention, ...]:
     classes, cues = _rules()
     text = re.sub(r"\br/o\b", "rule out", sentence.lower()).replace("and/or", "or")
     text = re.sub(r"(?<=[a-z])/(?=[a-z])", " or ", text)
+    text = re.sub(r"\bunlikely that there (?:is|are)\b", "unlikely to be", text)
     text = cues["harmless"].sub(lambda m: BLANKED * len(m[0]), text)
     ends = [(0, 0), *(m.span() for m in cues["clause_end"].finditer(text)), (len(text), len(text))]
     found: list[Mention] = []

@@ -67,7 +67,7 @@ COMMON = _words(
 # After a lower-case title only a word that is not one of these counts: "dr. smith", but not "the dr. was notified".
 _AFTER_TITLE = _words(
     """was were are has had have will who whom and the this that for with from about via when then notified informed
-    called paged aware present xxxx office team clinic"""
+    med habil called paged aware present xxxx office team clinic"""
 )
 
 _WORD = r"(?!X{2,}|_)[A-ZÀ-ÖØ-Þ](?:[a-zà-öø-ÿ]+|[A-ZÀ-ÖØ-Þ]+)?(?:['’-][A-ZÀ-ÖØ-Þa-zà-öø-ÿ]+)*(?:[A-Z][a-z]+)?"
@@ -83,7 +83,7 @@ _MONTH = (
     r"(?:Jan(?:uary)?|Feb(?:ruary)?|Mar(?:ch)?|Apr(?:il)?|May|June?|July?|Aug(?:ust)?|Sept?(?:ember)?|Oct(?:ober)?"
     r"|Nov(?:ember)?|Dec(?:ember)?|JAN(?:UARY)?|FEB(?:RUARY)?|MAR(?:CH)?|APR(?:IL)?|MAY|JUNE?|JULY?|AUG(?:UST)?"
     r"|SEPT?(?:EMBER)?|OCT(?:OBER)?|NOV(?:EMBER)?|DEC(?:EMBER)?"
-    r"|january|february|april|june|july|august|september|october|november|december)"
+    r"|january|february|april|june|july|august|september|october|november|december|jan|feb|apr|aug|sept?|oct|nov|dec)"
 )
 _D, _M, _Y = r"(?:0?[1-9]|[12]\d|3[01])", r"(?:0?[1-9]|1[0-2])", r"(?:19|20)\d\d"
 _STATES = (
@@ -95,6 +95,8 @@ _STREET = (
     r"|DRIVE|Court|COURT|Parkway|PARKWAY|Pkwy|Highway|HIGHWAY|Hwy|Terrace|TERRACE|Square|SQUARE)"
 )
 _BY = r"dictated|signed|electronically[ ]signed|read|reviewed|interpreted|transcribed|approved|verified|authenticated"
+_TITLE = r"(?:Drs?|Doctor|Mr|Mrs|Ms|Miss|Prof|Professor)"  # several may stand together
+_OF_DEGREE = r"(?:(?:med|dent|habil|rer|nat|univ|h\.?[ ]?c)\b\.?[ \t]*)*"
 _VALUE = r"(?=[\w-]*\d[\w-]*\d[\w-]*\d)[A-Za-z]{0,5}-?\d[\w-]*"
 
 
@@ -130,7 +132,12 @@ _RULES: list[tuple[str, re.Pattern[str], Callable[[str], bool] | None]] = [
         ("uid", r"(?<![\w.])[0-2](?:\.(?:0|[1-9]\d*)){5,}(?![\w.]*\w)", lambda t: len(t) >= 14),
         # names
         ("name", rf"\b(?:Drs|DRS)\.?[ ](?P<v>{_WORD}(?:,?[ ](?:and[ ]|&[ ])?{_WORD})+)", None),
-        ("name", rf"\b(?:Drs?|Doctor|Mr|Mrs|Ms|Miss|Prof|Professor)\b\.?[ \t]*\n?[ \t]*(?P<v>{_FULL})", None),
+        ("name", rf"\b(?:{_TITLE}\b\.?[ \t]*{_OF_DEGREE})+\n?[ \t]*(?!{_TITLE}\b)(?P<v>{_FULL})", None),
+        (
+            "name",
+            r"\bDRS?[ ](?P<v>[A-Z][A-Z'-]+(?:[ ][A-Z][A-Z'-]+)??)(?=[ ](?:NOTIFIED|INFORMED|PAGED|CALLED|WAS|AT)\b)",
+            _is_person,
+        ),
         # without its dot "MR" is a scanner and "MS" a disease
         ("name", rf"\b(?:DRS?|MR|MRS|MS|PROF)\.[ \t]*\n?[ \t]*(?P<v>{_FULL})", _is_person),
         ("name", r"\b(?:[Dd]r|[Mm]rs?|[Mm]s)\.[ \t]*(?P<v>[a-zà-ÿ]{3,})\b", _not_verb),
@@ -170,6 +177,7 @@ _RULES: list[tuple[str, re.Pattern[str], Callable[[str], bool] | None]] = [
             rf"(?<![\w./-])(?:{_M}\.{_D}|{_D}\.{_M})\.{_Y}(?![\d/-])|(?<![\w.])\d\d\.\d\d\.\d\d(?![\w.]*\d)",
             None,
         ),
+        ("date", rf"\b(?i:on|dated|from|since|of)[ ](?P<v>{_D}\.{_M}\.\d\d)(?![\w/-]|\.\d)", None),
         ("date", rf"(?<![\w./-]){_M}/{_Y}(?![\d/-])", None),
         ("date", rf"\b(?i:on|dated|since|until|date:)[ \t\n]+(?P<v>{_M}/{_D})(?!\d|[/.-]\d)", None),
         ("date", rf"(?<!\w){_D}(?:st|nd|rd|th)?[ -]?(?:of[ ])?{_MONTH}\b\.?(?:[ -]?,?[ ]?(?:{_Y}|'?\d\d)\b)?", None),
@@ -188,7 +196,7 @@ _RULES: list[tuple[str, re.Pattern[str], Callable[[str], bool] | None]] = [
             r"|years?[ ]of[ ]age)|[MF]\b|[ -][MF]\b(?=,|[ ](?:with|w/|s/p|presents|presenting|who)))",
             None,
         ),
-        ("age", r"\b(?i:age|aged)[ \t]*:?[ \t]*(?P<v>9\d|1[0-3]\d)\b(?!\s?(?:%|mm|cm))", None),
+        ("age", r"\b(?i:age|aged)(?:[ ]of)?[ \t]*:?[ \t]*(?P<v>9\d|1[0-3]\d)\b(?!\s?(?:%|mm|cm))", None),
         (
             "age",
             r"\b(?P<v>(?i:ninety(?:[ -](?:one|two|three|four|five|six|seven|eight|nine))?))[ -]years?[ -]old",

@@ -14,7 +14,7 @@ from medvlm.data.conversation import IGNORE, ConversationEncoder
 from medvlm.data.pair_text import TextEncoder
 from medvlm.data.schema import VOLUME_EXTENSION, Box, Image, Sample, TextPart
 from medvlm.data.shards import ShardReader
-from medvlm.errors import UserError
+from medvlm.errors import LeftOut, UserError
 
 SLICES = 8  # of a volume, in its strip
 STORED_SIDE = 512  # stored pictures are shrunk to this, longer side, for the sheet
@@ -42,7 +42,8 @@ class Picture:
 
 @dataclass
 class Card:
-    """One sample of a contact sheet. ``reason``: why training would quarantine it. ``counts`` need an encoder.
+    """One sample of a contact sheet. ``reason``: why training would quarantine it, or leave it out. ``counts`` need an
+    encoder.
 
     ``pieces`` is the conversation as the model reads it; without an encoder, or where the sample is quarantined,
     ``turns`` is what is stored, as (role or section, text).
@@ -51,12 +52,17 @@ class Card:
     number: int
     key: str
     reason: str | None = None
+    left_out: bool = False
     facts: list[tuple[str, str]] = field(default_factory=list)
     pictures: list[Picture] = field(default_factory=list)
     pieces: list[Piece] = field(default_factory=list)
     turns: list[tuple[str, str]] = field(default_factory=list)
     labels: dict[str, int] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def fate(self) -> str:
+        return "left out" if self.left_out else "quarantined"
 
 
 def look(reader: ShardReader, number: int, encoder: Any = None, epoch: int | None = None) -> Card:
@@ -82,7 +88,7 @@ def look(reader: ShardReader, number: int, encoder: Any = None, epoch: int | Non
         try:
             encoded = encoder(sample, data, epoch)
         except UserError as error:
-            card.reason = str(error)
+            card.reason, card.left_out = str(error), isinstance(error, LeftOut)
         else:
             ids = encoded.ids or []
             card.pieces = pieces(encoder.tokens, ids, encoded.labels)

@@ -30,11 +30,11 @@ _CONTRACTIONS = """
 _RESTORED = {w[:i] + w[i + 1 :]: w for w in _CONTRACTIONS.split() for i, letter in enumerate(w) if letter == "'"}
 
 
-def normalize(text: str) -> str:
+def normalize(text: str, articles: bool = False) -> str:
     """Lower case, no punctuation, number words (none, zero .. ten) as digits, no articles, contractions restored.
 
     A punctuation mark is deleted where the text has it beside a space anywhere (or has a comma inside a number), and
-    is a space otherwise ("x-ray" -> "x ray"): VQAv2's rule.
+    is a space otherwise ("x-ray" -> "x ray"): VQAv2's rule. ``articles`` keeps them.
     """
     in_number = _DIGIT_COMMA.search(text) is not None
     clean = text
@@ -42,12 +42,24 @@ def normalize(text: str) -> str:
         beside_space = f"{mark} " in text or f" {mark}" in text
         clean = clean.replace(mark, "" if beside_space or in_number else " ")
     words = [_NUMBERS.get(word, word) for word in _PERIOD.sub("", clean).lower().split()]
-    return " ".join(_RESTORED.get(word, word) for word in words if word not in _ARTICLES)
+    return " ".join(_RESTORED.get(word, word) for word in words if articles or word not in _ARTICLES)
+
+
+def normalize_gold(gold: str) -> str:
+    """As `normalize`; but an answer that is an article, as the choice "A" is, stays one."""
+    return normalize(gold) or normalize(gold, articles=True)
+
+
+def _both(answer: str, gold: str) -> tuple[str, str]:
+    """Normalised alike: with articles where there is nothing else to look for."""
+    wanted = normalize(gold)
+    return (normalize(answer), wanted) if wanted else (normalize(answer, True), normalize(gold, True))
 
 
 def exact_match(answer: str, gold: str) -> bool:
     """The whole normalised answer is the normalised gold answer."""
-    return normalize(answer) == normalize(gold)
+    said, wanted = _both(answer, gold)
+    return said == wanted
 
 
 def contains(answer: str, gold: str) -> bool:
@@ -55,7 +67,8 @@ def contains(answer: str, gold: str) -> bool:
 
     "no" is thus found in "normal" and in "I do not know": comparable with published numbers, not to be trusted alone.
     """
-    return normalize(gold) in normalize(answer)
+    said, wanted = _both(answer, gold)
+    return wanted in said if normalize(gold) else wanted in said.split()
 
 
 def contains_yes_no(answer: str, gold: str) -> bool:
@@ -82,7 +95,7 @@ def token_scores(answer: str, gold: str) -> TokenScores:
     Every occurrence in the answer of a word of the gold answer counts as a true positive; missed gold words count as
     often as they occur. All three are 0 where no word is shared.
     """
-    said, wanted = Counter(normalize(answer).split()), Counter(normalize(gold).split())
+    said, wanted = (Counter(text.split()) for text in _both(answer, gold))
     hits = sum(n for word, n in said.items() if word in wanted)
     missed = sum(n for word, n in wanted.items() if word not in said)
     if not hits:

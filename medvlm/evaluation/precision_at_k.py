@@ -91,7 +91,7 @@ def evaluate(
     if len(classes) < 2:
         raise UserError(
             f"--prompts {options.prompts}: {len(classes)} of its labels is the only positive one in images of three "
-            "patients; precision at k needs two"
+            "patients (see exclusive in the set); precision at k needs two"
         )
     queries = [item for item in queries if item[1] in classes]
     candidates = [item for item in candidates if item[1] in classes]

@@ -110,13 +110,15 @@ def load_questions(reader: Reader, limit: int | None = None, seed: int = 0) -> l
 Place = tuple[int, int]  # which question to take an image from, and which of its images
 
 
-def donors(questions: Sequence[Question], seed: int) -> dict[tuple[str, int], Place] | None:
-    """For each image (sample key, number) the image of ANOTHER group that stands in for it; None if there is one group.
+def donors(questions: Sequence[Question], seed: int) -> dict[tuple[int, int], Place] | None:
+    """For each image (number of its sample, number) the image of ANOTHER group that stands in for it; None if there is
+    one group.
 
     A permutation of all images where no group holds more than half of them. Deterministic in ``seed``; a question
     keeps its number of images, and all questions of a sample see the same stand-ins.
     """
-    first = {q.key: i for i, q in reversed(list(enumerate(questions))) if q.n_images}
+    # not the key: two folders may have the same
+    first = {q.sample_index: i for i, q in reversed(list(enumerate(questions))) if q.n_images}
     by_group: dict[str, list[Place]] = defaultdict(list)
     for i in sorted(first.values()):
         by_group[questions[i].group] += [(i, n) for n in range(questions[i].n_images)]
@@ -136,7 +138,7 @@ def donors(questions: Sequence[Question], seed: int) -> dict[tuple[str, int], Pl
         stand_in = ring[(at + largest) % len(ring)]
         if questions[stand_in[0]].group == own:  # only where one group holds more than half of the images
             stand_in = rng.choice([place for place in ring if questions[place[0]].group != own])
-        out[questions[i].key, n] = stand_in
+        out[questions[i].sample_index, n] = stand_in
     return out
 
 
@@ -154,6 +156,6 @@ def blank(question: Question) -> "Request":
     return _request(question, [partial(Image.new, "L", (s.width, s.height), GREY) for s in sizes])
 
 
-def shuffled(question: Question, questions: Sequence[Question], places: dict[tuple[str, int], Place]) -> "Request":
-    taken = [places[question.key, n] for n in range(question.n_images)]
+def shuffled(question: Question, questions: Sequence[Question], places: dict[tuple[int, int], Place]) -> "Request":
+    taken = [places[question.sample_index, n] for n in range(question.n_images)]
     return _request(question, [partial(questions[i].image, n) for i, n in taken])

@@ -54,7 +54,7 @@ def evaluate(
         answers = ask([shuffled(questions[i], questions, places) for i in seen], "shuffled images")
         _add_control(rows, questions, seen, answers, "shuffled")
         for i in seen:
-            taken = [places[questions[i].key, n][0] for n in range(questions[i].n_images)]
+            taken = [places[questions[i].sample_index, n][0] for n in range(questions[i].n_images)]
             rows[i]["shuffled_from"] = [questions[j].key for j in taken]
     return _results(questions, rows, seed, train_reader), rows
 
@@ -151,7 +151,7 @@ def _majority(
     for one constant answer. ``majority_by_question_accuracy`` answers each question's wording as the training shards
     mostly do, and unseen wordings with their most frequent closed answer: what the text alone gives away.
     """
-    gold = Counter(metrics.normalize(row["gold"]) for row in closed)
+    gold = Counter(metrics.normalize_gold(row["gold"]) for row in closed)
     answer, count = gold.most_common(1)[0] if gold else (None, 0)
     out = {
         "majority_accuracy": count / len(closed) if closed else None,
@@ -166,12 +166,12 @@ def _majority(
         return out
     by_text: dict[str, Counter[str]] = defaultdict(Counter)
     for q in training:
-        by_text[metrics.normalize(q.text)][metrics.normalize(q.gold)] += 1
-    overall = Counter(metrics.normalize(q.gold) for q in training)
+        by_text[metrics.normalize(q.text)][metrics.normalize_gold(q.gold)] += 1
+    overall = Counter(metrics.normalize_gold(q.gold) for q in training)
     hits = 0
     for row in closed:
         counts = by_text.get(metrics.normalize(row["question"])) or overall
-        hits += counts.most_common(1)[0][0] == metrics.normalize(row["gold"])
+        hits += counts.most_common(1)[0][0] == metrics.normalize_gold(row["gold"])
     out["majority_by_question_accuracy"] = hits / len(closed)
     return out
 
@@ -182,7 +182,7 @@ def _yes_no(closed: list[dict[str, Any]]) -> dict[str, Any]:
     hits: dict[str, list[bool]] = {"yes": [], "no": []}
     said = []
     for row in closed:
-        gold = metrics.normalize(row["gold"])
+        gold = metrics.normalize_gold(row["gold"])
         if gold in hits:
             hits[gold].append(row["correct"])
             said.append(metrics.polarity(row["answer"]))

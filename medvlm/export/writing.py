@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import yaml
+from pydantic import ValidationError
 from torch import Tensor, nn
 from transformers.core_model_loading import revert_weight_conversion
 
@@ -32,7 +33,11 @@ def open_run(run: Path, out: Path, tag: str | None) -> tuple[RunConfig, Path]:
     """Configuration and checkpoint folder of a run. Raises UserError where one is absent, or ``out`` is in use."""
     if not (run / "config.yaml").exists():
         raise UserError(f"{run}: is not a run (it has no config.yaml)")
-    config = RunConfig.model_validate(yaml.safe_load((run / "config.yaml").read_text()))
+    try:
+        config = RunConfig.model_validate(yaml.safe_load((run / "config.yaml").read_text()))
+    except ValidationError as error:
+        where = ".".join(map(str, error.errors()[0]["loc"]))
+        raise UserError(f"{run}/config.yaml: {where}: {error.errors()[0]['msg']}; is it of another version?") from None
     source = run / "checkpoints" / tag if tag else checkpoint.newest(run)
     if source not in checkpoint.checkpoints(run):
         raise UserError(f"{source}: no such complete checkpoint")

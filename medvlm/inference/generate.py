@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from rich.console import Console
 from rich.progress import Progress
+from safetensors import SafetensorError
 from transformers import AutoModelForImageTextToText, AutoProcessor, PretrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -51,7 +52,9 @@ class Generator:
             )
         except UserError:  # which is a ValueError
             raise
-        except (OSError, ValueError, KeyError, ImportError) as error:
+        except torch.OutOfMemoryError:
+            raise
+        except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise UserError(f"{self.name}: does not load as an image-text-to-text model ({reason})") from error
         model, info = loaded

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, SiglipTextConfig, SiglipTextModel
 from transformers.integrations import deepspeed as integration
@@ -34,7 +35,9 @@ def load(auto: Any, path: str, field: str, **options: Any) -> Any:
     """``auto.from_pretrained``; what fails is a UserError that names ``field``."""
     try:
         return auto.from_pretrained(path, **options)
-    except (OSError, ValueError, KeyError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"{field}: cannot load {path}: {reason}") from error
 
@@ -59,7 +62,15 @@ def backbone_config(part: Backbone, field: str, half: str) -> Any:
         return from_scratch(part.config, field)
     path = tower_path(str(part.path)) if half == "vision_config" else str(part.path)
     config = load(AutoConfig, path, field)
+    refuse_quantized(config, field)
     return getattr(config, half, config)
+
+
+def refuse_quantized(config: Any, field: str) -> None:
+    """Weights of 8 bits and less can neither be trained here nor exported."""
+    if given := getattr(config, "quantization_config", None):
+        method = given.get("quant_method") if isinstance(given, dict) else getattr(given, "quant_method", None)
+        raise UserError(f"{field}: the folder's weights are quantised ({method}); give one with bf16 or fp32 weights")
 
 
 def feature_width(vision: Any) -> int:

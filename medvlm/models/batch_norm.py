@@ -25,7 +25,8 @@ class BatchNorm2d(nn.BatchNorm2d):
         assert self.running_mean is not None and self.running_var is not None and self.momentum is not None
         weight, bias = self.weight.float(), self.bias.float()
         if self.fixed or not (self.training and self.weight.requires_grad):
-            return batch_norm(x, self.running_mean, self.running_var, weight, bias, eps=self.eps)
+            given = x.float() if x.dtype == torch.float64 else x  # which mixes with no other type
+            return batch_norm(given, self.running_mean, self.running_var, weight, bias, eps=self.eps).to(x.dtype)
         mean, variance, count = global_statistics(x)
         if torch.is_grad_enabled():
             with torch.no_grad():

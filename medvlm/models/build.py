@@ -9,10 +9,17 @@ from typing import Any
 import torch
 import transformers
 from tokenizers import AddedToken
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, LlavaProcessor
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlavaProcessor,
+)
 
 from medvlm.config.model import LanguageModel, Llava, VisionTower
-from medvlm.data.conversation import multimodal_template
+from medvlm.data.conversation import asked_as_trained, multimodal_template, plain_template
 from medvlm.data.schema import IMAGE_MARK
 from medvlm.errors import UserError
 from medvlm.models.backbones import (
@@ -23,6 +30,7 @@ from medvlm.models.backbones import (
     load,
     load_tower,
     load_whole,
+    refuse_quantized,
     square_size,
     zero3_switch,
 )
@@ -98,6 +106,7 @@ def build_components(config: Llava) -> Components:
     # The processor counts tokens by the side of a patch. Of a tower in stages that is not the configuration's.
     patch = size // math.isqrt(tokens + dropped - CLASS_TOKENS[vision.model_type])
     grid = (size // patch) ** 2
+    template = _with_bos(tokenizer, multimodal_template(plain_template(tokenizer)))
     processor = LlavaProcessor(
         image_processor=image_processor,
         tokenizer=tokenizer,
@@ -105,7 +114,7 @@ def build_components(config: Llava) -> Components:
         vision_feature_select_strategy=config.vision_tower.select_strategy,
         num_additional_image_tokens=tokens + dropped - grid,
         image_token=IMAGE_MARK,
-        chat_template=_with_bos(tokenizer, multimodal_template(tokenizer.chat_template)),
+        chat_template=asked_as_trained(tokenizer, template),
     )
     return Components(
         processor,
@@ -218,10 +227,20 @@ def _vision_config(part: VisionTower) -> Any:
 
 
 def _text_config(config: Llava) -> Any:
-    part = config.language_model
+    part, field = config.language_model, "model.language_model"
     if part.config is not None:
-        return from_scratch(part.config, "model.language_model")
-    return load(AutoConfig, str(part.path), "model.language_model", **_gguf(config))
+        text = from_scratch(part.config, field)
+    else:
+        text = load(AutoConfig, str(part.path), field, **_gguf(config))
+        refuse_quantized(text, field)
+    if hasattr(text, "text_config"):
+        raise UserError(
+            f"{field}: {text.model_type!r} is a model of several towers, and this takes a language model alone; "
+            "model.init_from goes on from a run of medvlm"
+        )
+    if type(text) not in MODEL_FOR_CAUSAL_LM_MAPPING or getattr(text, "is_decoder", True) is False:
+        raise UserError(f"{field}: {text.model_type!r} is no causal language model, which predicts the next token")
+    return text
 
 
 @dataclass

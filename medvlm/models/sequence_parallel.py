@@ -57,6 +57,14 @@ class SequenceParallel:
             )
         if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
             raise UserError("training.sequence_parallel: this language model's sliding window would be ignored")
+        if rope := _length_dependent_rope(config):
+            raise UserError(
+                f"training.sequence_parallel: rope of type {rope} depends on a row's length, of which a rank has a part"
+            )
+        if others := set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}:
+            raise UserError(
+                f"training.sequence_parallel: layers of type {', '.join(sorted(others))} would see a part of a row"
+            )
         ulysses = UlyssesSPAttentionHF(
             AttentionInterface()[core],
             batch_size=1,
@@ -103,6 +111,13 @@ class SequenceParallel:
     def gather_images(self, features: Tensor, count: int) -> Tensor:
         """Features of all images [I, N, D] from the shares; gradients go back to the rank that made them."""
         return _Gather.apply(features, self)[:count]
+
+
+def _length_dependent_rope(config: Any) -> str | None:
+    """The type of a rotation whose frequencies follow from the longest position, if the model has one."""
+    given = getattr(config, "rope_parameters", None) or {}
+    kinds = [v.get("rope_type") for v in (given, *given.values()) if isinstance(v, dict)]
+    return next((kind for kind in kinds if kind and ("dynamic" in kind or kind == "longrope")), None)
 
 
 class _Gather(torch.autograd.Function):

@@ -63,14 +63,16 @@ class Costs:
         units = self.parts[part]
         units[unit] = units.get(unit, Cost()) + cost
 
-    def of(self, done: Mapping[Unit, int], repeated: bool = False) -> dict[str, Cost]:
-        """By part; ``repeated``: all forward passes are made twice, but what is checkpointed thrice."""
-        totals = {
-            part: sum((cost * done[unit] for unit, cost in units.items()), Cost()) for part, units in self.parts.items()
+    def of(self, done: Mapping[Unit, int], repeated: Callable[[Unit], float] = lambda _: 0.0) -> dict[str, Cost]:
+        """By part; ``repeated``: the share of a unit's forward passes that are made twice; what is checkpointed among
+        them then thrice."""
+
+        def whole(unit: Unit, cost: Cost) -> Cost:
+            return (cost + Cost(again=cost.forward * repeated(unit))) * done[unit]
+
+        return {
+            part: sum((whole(unit, cost) for unit, cost in units.items()), Cost()) for part, units in self.parts.items()
         }
-        if repeated:
-            totals = {part: cost + Cost(again=cost.forward) for part, cost in totals.items()}
-        return totals
 
 
 def attended_pairs(lengths: Iterable[int], window: int | None) -> int:

@@ -1,6 +1,7 @@
 """What a run measures of itself, on all ranks: time by phase, FLOPs against the peak, memory. Rank 0 writes it."""
 
 import time
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ class Gauges:
         family, parts = session.family, session.config.model.PARTS
         self.recorder = CostRecorder(session.engine.module, parts, family.unit, session.parts.unused)
         self.text_passes = family.text_passes(session.config)
-        self.targets, self.repeated = family.targets, family.repeats(session.accumulation)
+        self.targets, self.repeated = family.targets, partial(family.repeated, session.config, session.accumulation)
         self.peak = peak_of(self.device, precision(session.config))
         self.peak_of_all = sum(flops for (flops,) in distributed.gather_numbers([self.peak.flops]))
         self.starvation = Starvation(session.config.data.workers)
@@ -56,8 +57,9 @@ class Gauges:
         ranks = distributed.gather_numbers(mine)
         slowest, _, _, memory, *_ = (max(column) for column in zip(*ranks, strict=True))
         _, data, communication, _, *by_phase = (sum(column) / len(ranks) for column in zip(*ranks, strict=True))
-        tokens, pairs = counts.tokens * self.text_passes, {w: n * self.text_passes for w, n in counts.pairs.items()}
-        units = {"images": counts.images, "tokens": tokens, "targets": counts.targets, **counts.more}
+        # a layer's cost per token is that of all its calls, attention's per pair that of one
+        pairs = {w: n * self.text_passes for w, n in counts.pairs.items()}
+        units = {"images": counts.images, "tokens": counts.tokens, "targets": counts.targets, **counts.more}
         costs = self.recorder.costs.of(work(units, pairs), self.repeated)
         total = sum(costs.values(), Cost())
         warning = self.starvation.warning(step, data, slowest)

@@ -125,18 +125,21 @@ def _advance(session: Session, parts: Parts, last: int) -> None:
             counts = exchange_counts(batches, trouble, parts.saver.ready, parts.gauges.windows, copies, more)
             if counts.written == distributed.world_size():
                 parts.saver.finish()
-            parts.quarantine.check(step, batches, counts, len(numbers))
-            watch.enter("forward, backward and update", step + 1, tuple(key for b in batches for key in b.keys))
-            values, verdict, suspects = update(session, step, batches, counts, parts.guard, parts.gauges.phases)
-            if verdict:
-                if verdict.action == "rollback":
-                    parts.saver.wait()
-                back = parts.guard.decide(step, verdict, suspects, keys)
-                if back:
-                    return _roll_back(session, parts, back)
-            line |= values | record(session, counts, len(packs), keys)
-            line |= parts.gauges.measure(step + 1, counts, started, data_seconds)
-            parts.trace.step()
+            if parts.quarantine.check(step, batches, counts, len(numbers)):
+                watch.enter("forward, backward and update", step + 1, tuple(key for b in batches for key in b.keys))
+                values, verdict, suspects = update(session, step, batches, counts, parts.guard, parts.gauges.phases)
+                if verdict:
+                    if verdict.action == "rollback":
+                        parts.saver.wait()
+                    back = parts.guard.decide(step, verdict, suspects, keys)
+                    if back:
+                        return _roll_back(session, parts, back)
+                line |= values
+                line |= parts.gauges.measure(step + 1, counts, started, data_seconds)
+                parts.trace.step()
+            else:
+                line["skipped"] = "all samples of the batch are left out"
+            line |= record(session, counts, len(packs), keys)
         session.step = step + 1
         parts.write(line)
         if session.step == last or session.step % training.checkpoint_every == 0:

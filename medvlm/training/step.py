@@ -94,31 +94,37 @@ class Quarantine:
     def __init__(self, session: Session):
         data = session.config.data
         self.run, self.limit, self.most_left_out = session.run, data.max_quarantined, data.pairs.max_left_out
-        self.targets = session.family.targets.replace("_", " ")
+        self.targets, self.batch = session.family.targets.replace("_", " "), session.config.training.global_batch_size
         self.seen = self.quarantined = self.left_out = 0
 
-    def check(self, step: int, batches: Sequence[Any], counts: Counts, samples: int) -> None:
-        told = [pair for b in batches for pair in (*b.quarantined, *b.not_taken)]
-        rows = [{"step": step + 1, "key": key, "reason": reason} for key, reason in told]
+    def check(self, step: int, batches: Sequence[Any], counts: Counts, samples: int) -> bool:
+        """Whether there is something to train on: false where all of the batch is left out, as the few samples that an
+        epoch ends with may be. Raises `Stop`."""
+        at = {"step": step + 1}
+        rows = [{**at, "key": key, "reason": reason} for b in batches for key, reason in b.quarantined]
+        rows += [{**at, "key": key, "reason": reason, "left_out": True} for b in batches for key, reason in b.not_taken]
         if rows:
             with (self.run / f"quarantine-rank{distributed.rank()}.jsonl").open("a") as file:
                 file.writelines(json.dumps(row) + "\n" for row in rows)
         self.seen, self.quarantined = self.seen + samples, self.quarantined + counts.quarantined
-        self.left_out += counts.more.get("left_out", 0)
+        left_out = counts.more.get("left_out", 0)
+        self.left_out += left_out
         reasons = f"the reasons are in {self.run}/quarantine-rank*.jsonl"
         # a share of few samples says little, so the first hundred are let pass, unless nothing is left of them
         few = max(self.seen, 100)
-        if self.left_out > self.most_left_out * few or (self.left_out and not counts.targets):
+        all_so_far = self.left_out == self.seen and self.seen >= self.batch
+        if self.left_out > self.most_left_out * few or all_so_far:
             raise Stop(
                 f"step {step + 1}: {self.left_out} of {self.seen} samples have no image or no text such as data.pairs "
                 f"asks for, {counts.targets} {self.targets} are left in this batch; data.pairs.max_left_out is "
                 f"{self.most_left_out}, {reasons}"
             )
-        if self.quarantined > self.limit * few or not counts.targets:
+        if self.quarantined > self.limit * few or not (counts.targets or left_out):
             raise Stop(
                 f"step {step + 1}: {self.quarantined} of {self.seen} samples were quarantined, {counts.targets} "
                 f"{self.targets} are left in this batch; data.max_quarantined is {self.limit}, {reasons}"
             )
+        return counts.targets > 0
 
 
 def update(

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from medvlm.config.schema import RunConfig
 from medvlm.data.loader import MicroBatches
+from medvlm.training.flops import Unit
 
 Phase = Callable[[str], AbstractContextManager[Any]]
 
@@ -88,9 +89,9 @@ class Family(ABC):
         """Of what a layer's work is counted: ``images``, or a name for which a step has a count and of which ``rows``,
         the layer's input, holds one per row."""
 
-    def repeats(self, accumulation: int) -> bool:
-        """Whether a step's forward passes are made twice."""
-        return False
+    def repeated(self, config: RunConfig, accumulation: int, unit: Unit) -> float:
+        """The share of the forward work that is counted by ``unit`` which a step does twice."""
+        return 0.0
 
     def text_passes(self, config: RunConfig) -> int:
         """How often a step's tokens go through the model."""

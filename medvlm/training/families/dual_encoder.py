@@ -28,6 +28,7 @@ from medvlm.objectives.sigmoid import sigmoid
 from medvlm.training import distributed, watch
 from medvlm.training.boundary import sum_and_agree
 from medvlm.training.families.base import Family, Outcome, Pass
+from medvlm.training.flops import Unit
 from medvlm.training.memory import check_memory, pair_bound
 from medvlm.training.reading import open_shards, read
 
@@ -95,8 +96,11 @@ class DualEncoderFamily(Family):
         most = pair_bound(config, parts, ds_config, distributed.world_size(), images)
         check_memory(config, lambda: ((config.data.max_length, images), most))
 
-    def repeats(self, accumulation: int) -> bool:
-        return accumulation > 1
+    def repeated(self, config: RunConfig, accumulation: int, unit: Unit) -> float:
+        """Embeddings, not the loss of masked tokens."""
+        if accumulation == 1 or unit == "masked_tokens":
+            return 0.0
+        return 1 / self.text_passes(config) if unit == "tokens" or isinstance(unit, tuple) else 1.0
 
     def text_passes(self, config: RunConfig) -> int:
         """As they are, and masked."""

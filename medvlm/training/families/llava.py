@@ -39,6 +39,12 @@ class LlavaFamily(Family):
 
     def dataset(self, config: RunConfig, parts: Components, paths: list[str], *, training: bool) -> MicroBatches:
         data = config.data
+        positions = getattr(parts.text_config, "max_position_embeddings", None)
+        if positions and data.max_length > positions:
+            raise UserError(
+                f"data.max_length: {data.max_length} is more than the {positions} tokens that the language model has "
+                "positions for"
+            )
         augment = Augment(**data.augment.model_dump())
         encoder = SampleEncoder(
             ConversationEncoder(parts.tokenizer, parts.chat_template, parts.image_tokens),
