@@ -110,14 +110,15 @@ def _item(
     report = choose_sections(text, wanted)
     if not report:
         return Dropped(volume, "report without the chosen sections", split)
-    options, metadata = {}, {}
+    options: dict[str, Any] = {}
+    metadata: dict[str, Any] = {}
     if scale is not None:
         slope, intercept = _number(scale.get("RescaleSlope")), _number(scale.get("RescaleIntercept"))
         if slope is None or intercept is None or slope == 0:
             return Dropped(volume, "no slope and intercept in the metadata", split)
         options = {"slope": slope, "intercept": intercept}
-        spacing = _spacing(scale)
-        metadata = {"spacing_in_metadata": spacing} if spacing else {}
+        if spacing := _spacing(scale):  # of the first release's volumes the headers are placeholders
+            options["spacing"], metadata = spacing, {"spacing_in_metadata": spacing}
     try:
         values = read_labels(labels or {}, [column for column in labels or {} if column != "VolumeName"])
     except ValueError as error:

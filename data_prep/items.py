@@ -19,7 +19,8 @@ class Source:
 
     ``options`` go to the decoder of its kind, which refuses others. image: ``keep_16_bit``, ``frame``. dicom:
     ``keep_16_bit``, ``frame``, ``windows`` [(centre, width), ...]. series: ``windows``, ``series_uid``. nifti:
-    ``windows``, ``slope`` and ``intercept`` where the stored values need others, ``volume``, ``nan_value``, ``axes``.
+    ``windows``, ``slope`` and ``intercept`` where the stored values need others, ``volume``, ``nan_value``, ``axes``,
+    ``spacing``.
     """
 
     path: str

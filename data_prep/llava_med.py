@@ -5,6 +5,7 @@ Its files are JSON lists of ``{id, image, domain, conversations: [{from, value}]
 so samples without their figure are dropped and counted.
 """
 
+import hashlib
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -37,7 +38,7 @@ def items(
     if not (source / images).is_dir():
         raise UserError(f"{source / images}: not found; give the folder of the figures with --images")
     seen: Counter[str] = Counter()
-    known: set[str] = set()
+    known: set[bytes] = set()  # digests: the texts of half a million entries are hundreds of megabytes
     for number, row in enumerate(rows, 1):
         name, number_id = str(row.get("image") or ""), str(row.get("id") or "")
         what = f"{path.name} entry {number}: {number_id or name}"
@@ -48,7 +49,7 @@ def items(
         except ValueError as error:
             yield Dropped(what, str(error), place)
             continue
-        content = f"{number_id}\n{name}\n{messages}"
+        content = hashlib.sha256(f"{number_id}\n{name}\n{messages}".encode()).digest()
         if not number_id or not name:
             yield Dropped(what, "entry without id or image", place)
         elif content in known:

@@ -25,7 +25,7 @@ OPTIONS = {
     "image": {"keep_16_bit", "frame"},
     "dicom": {"keep_16_bit", "frame", "windows"},
     "series": {"windows", "series_uid"},
-    "nifti": {"windows", "slope", "intercept", "volume", "nan_value", "axes"},
+    "nifti": {"windows", "slope", "intercept", "volume", "nan_value", "axes", "spacing"},
 }
 
 

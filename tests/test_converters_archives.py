@@ -163,7 +163,8 @@ def test_a_scan_becomes_one_sample_with_slope_intercept_labels_and_split(tmp_pat
     assert dropped(found) == [("train_1_a_2.nii.gz", "other reconstruction of the scan")]
     first = items[0]
     assert first.images[0].path == "dataset/train/train_1/train_1_a/train_1_a_1.nii.gz"
-    assert (first.images[0].kind, first.images[0].options) == ("nifti", {"slope": 1.0, "intercept": -8192.0})
+    options = {"slope": 1.0, "intercept": -8192.0, "spacing": [0.75, 0.75, 1.5]}
+    assert (first.images[0].kind, first.images[0].options) == ("nifti", options)
     assert first.images[0].metadata == {"spacing_in_metadata": [0.75, 0.75, 1.5]}
     assert (first.fields["patient_id"], first.fields["study_id"]) == ("train_1", "train_1_a")
     assert first.fields["labels"] == {"Emphysema": 0, "Lung nodule": 1}

@@ -24,6 +24,7 @@ from data_prep.pixels import PixelOptions
 from medvlm.data.inspect import verify
 from medvlm.data.schema import Sample
 from medvlm.data.shards import ShardReader
+from medvlm.errors import UserError
 
 
 def prepare(converter: Converter, source: Path, out: Path, **options: Any) -> tuple[dict, dict[str, list[Sample]]]:
@@ -100,6 +101,9 @@ def test_ct_rate_volumes_are_rescaled_by_the_table(tmp_path):
     assert sample.images[0].spacing == pytest.approx((0.75, 0.75, 1.5))
     assert sample.images[0].metadata["spacing_in_metadata"] == [0.75, 0.75, 1.5]
     assert "other reconstruction of the scan" in repr(report)
+    nibabel.save(nibabel.Nifti1Image(stored, np.eye(4)), path)  # a header that says nothing, and says that it is true
+    with pytest.raises(UserError, match=r"it is 1 x 1 x 1 mm, and 0\.75 x 0\.75 x 1\.5 mm by"):
+        prepare(ct_rate.CONVERTER, root, tmp_path / "placeholder")
 
 
 def test_a_pacs_export_leaves_no_identifier_in_the_shards(tmp_path):

@@ -1,6 +1,7 @@
 """NIfTI -> a volume in the same orientation and units as a DICOM series: [D, H, W] in LPS."""
 
 import gzip
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ def read_nifti(
     volume: int | None = None,
     nan_value: float | None = None,
     axes: str | None = None,
+    spacing: tuple[float, float, float] | None = None,
     slices: tuple[slice, slice, slice] | None = None,
 ) -> Volume:
     """Read a .nii or .nii.gz of either byte order.
@@ -27,6 +29,7 @@ def read_nifti(
     gives them in a table). Of a 4D file ``volume`` must choose one, or it is refused. ``nan_value`` replaces voxels
     that are not finite, which are refused otherwise. ``axes`` (such as "LAS": the direction each stored axis grows to)
     is for files whose header has neither qform nor sform; without it they are refused, for left and right are unknown.
+    A file whose header has another spacing than ``spacing`` (x, y, z in mm) is refused: some headers are placeholders.
     ``slices`` (z, y, x; no steps) read a part of the canonical volume, from an uncompressed file only that part.
 
     Raises UserError with the reason.
@@ -65,8 +68,14 @@ def read_nifti(
         if nan_value is None:
             raise UserError("voxels that are not finite: give nan_value to replace them")
         values = compact(np.where(np.isfinite(values), values, np.float32(nan_value)))
-    array, spacing, found = canonical(values, affine)
-    return Volume(np.ascontiguousarray(array), spacing, found)
+    array, own_spacing, found = canonical(values, affine)
+    if spacing is not None and not np.allclose(own_spacing, spacing, rtol=0.02):
+        raise UserError(f"spacing of the header: it is {_in_mm(own_spacing)}, and {_in_mm(spacing)} by the table")
+    return Volume(np.ascontiguousarray(array), own_spacing, found)
+
+
+def _in_mm(spacing: Sequence[float]) -> str:
+    return " x ".join(f"{value:g}" for value in spacing) + " mm"
 
 
 def _lps_affine(image: Any, axes: str | None) -> np.ndarray:
