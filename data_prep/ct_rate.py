@@ -117,7 +117,7 @@ def _item(
         if slope is None or intercept is None or slope == 0:
             return Dropped(volume, "no slope and intercept in the metadata", split)
         options = {"slope": slope, "intercept": intercept}
-        if spacing := _spacing(scale):  # of the first release's volumes the headers are placeholders
+        if spacing := _spacing(scale):  # the headers of some copies are placeholders
             options["spacing"], metadata = spacing, {"spacing_in_metadata": spacing}
     try:
         values = read_labels(labels or {}, [column for column in labels or {} if column != "VolumeName"])

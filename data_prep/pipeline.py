@@ -118,13 +118,8 @@ class _Job:
         self.mask = options.mask or converter.mask
         bound = inspect.signature(converter.items).bind(self.source, **converter_options)
         bound.apply_defaults()
-        given = [Path(v) for v in list(bound.arguments.values())[1:] if isinstance(v, str | Path) and str(v)]
-        tables = tables_digest(
-            self.source,
-            [p.resolve() for p in given if p.exists()],
-            converter.deep_tables,
-            out if self.output.local else "",
-        )
+        others = [v.resolve() for v in list(bound.arguments.values())[1:] if isinstance(v, Path) and v.exists()]
+        tables = tables_digest(self.source, others, converter.deep_tables, out if self.output.local else "")
         fingerprint = {
             "converter": converter.name,
             "prefix": converter.name.replace("-", "_"),

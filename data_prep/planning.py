@@ -66,14 +66,16 @@ def tables_digest(source: Path, others: Iterable[Path] = (), deep: Iterable[str]
     """A hash of name, size and time of the tables in the top two levels of an archive, to notice that it changed; and
     of those that ``others``, files or folders, are or hold, and of what the patterns ``deep`` find below its root.
 
-    What lies in ``out`` is not the archive's.
+    What lies in the folder ``out`` is not the archive's.
     """
-    rows, own = [], Path(out).resolve()
+    rows, own = [], Path(out).resolve() if out else None
     for root in (source, *others):
         found = [root] if root.is_file() else [*root.glob("*"), *root.glob("*/*")]
         found += [path for pattern in deep for path in root.glob(pattern)] if root is source else []
         for path in dict.fromkeys(found):
-            if path.suffix.lower() not in TABLES or not path.is_file() or path.resolve().is_relative_to(own):
+            if path.suffix.lower() not in TABLES or not path.is_file():
+                continue
+            if own and path.resolve().is_relative_to(own):
                 continue
             stat = path.stat()
             name = path.relative_to(source) if path.is_relative_to(source) else path

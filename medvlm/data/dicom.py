@@ -260,10 +260,11 @@ def _top_of_table(lut: "Dataset") -> int:
     """The value that is white: of the bits that are declared, or, as some makers declare 16 for a table of 12, of those
     that its largest value needs."""
     declared = int(lut.LUTDescriptor[2])
-    data = lut.LUTData
-    table = np.frombuffer(data, "<u2") if isinstance(data, bytes) else np.asarray(data)
-    needed = max(8, int(table.max()).bit_length())
-    return 2 ** (needed if declared == 16 and needed < 16 else declared) - 1
+    if declared == 16:
+        data = lut.LUTData
+        table = np.frombuffer(data, "<u2") if isinstance(data, bytes) else np.asarray(data)
+        declared = max(8, int(table.max()).bit_length())
+    return 2**declared - 1
 
 
 def _channels(values: np.ndarray, windows: list[Window]) -> np.ndarray:
