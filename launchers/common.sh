@@ -49,10 +49,13 @@ gpus() { .venv/bin/python -c 'import torch; print(torch.cuda.device_count())'; }
 
 run_training() { # run_training RECIPE [section.key=value ...]: all local GPUs, or two CPU ranks
     local n; n=$(gpus)
+    local chosen=(--num_gpus "$n")
     if ((n == 0)); then
-        n=2
+        chosen=(--num_gpus 2)
         export DS_ACCELERATOR=cpu OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+    elif [[ ${CUDA_VISIBLE_DEVICES:-} ]]; then
+        chosen=() # DeepSpeed takes these and no others, unless it is given a number
     fi
-    PATH="$PWD/.venv/bin:$PATH" PYTHONWARNINGS=ignore::FutureWarning .venv/bin/deepspeed --num_gpus "$n" \
+    PATH="$PWD/.venv/bin:$PATH" PYTHONWARNINGS=ignore::FutureWarning .venv/bin/deepspeed "${chosen[@]}" \
         --no_local_rank --master_port "${MASTER_PORT:-$(free_port)}" --module medvlm.cli train "$@"
 }

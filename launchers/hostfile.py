@@ -129,7 +129,7 @@ def run(hosts: dict[str, int], root: Path, where: tuple[str, str], arguments: li
 
     def watch(host: str) -> int:
         status = running[host].wait()
-        if status not in (0, 85) and not failed.is_set():
+        if status not in (0, 85, 86) and not failed.is_set():
             failed.set()
             print(f"{host}: ended with status {status}; the other hosts are stopped", file=sys.stderr, flush=True)
             timer = threading.Timer(GRACE, stop)

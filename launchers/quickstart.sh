@@ -18,7 +18,8 @@ step() { # step NAME COMMAND...: once, timed
 
 ranks=$(gpus)
 for n in 1 2 4 8; do ((n <= ranks)) && use=$n; done
-export CUDA_VISIBLE_DEVICES=$(seq -s, 0 $((${use:-1} - 1)))
+given=${CUDA_VISIBLE_DEVICES:-$(seq -s, 0 $((${use:-1} - 1)))}
+CUDA_VISIBLE_DEVICES=$(cut -d, -f"-${use:-1}" <<< "$given"); export CUDA_VISIBLE_DEVICES
 micro=$((64 / (ranks ? use : 2)))
 train() { run_training "$1" run.root=$out "run.name=$2" training.micro_batch_size=$micro "${@:3}"; }
 

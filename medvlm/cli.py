@@ -74,7 +74,7 @@ def train(
         else:
             status = work()
     except preemption.Preempted:
-        status = preemption.STATUS
+        status = preemption.NO_STEP
     raise typer.Exit(status)
 
 

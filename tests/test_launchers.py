@@ -1,6 +1,7 @@
 """The launchers, run for real: each trains two ranks under ZeRO-3, and says what is wrong in one sentence."""
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -85,6 +86,52 @@ def test_a_hostfile_trains_on_both_hosts_and_hands_on_the_status_of_an_interrupt
     assert status == 85, output
     assert f"2 ranks on {', '.join(sshd.HOSTS)} meet at" in output and "2 rank(s), ZeRO-3" in output
     assert len(list((folder / "runs/multinode/checkpoints").glob("step-*"))) == 1
+
+
+@pytest.mark.parametrize(
+    ("count", "visible", "expected"),
+    [(2, "4,5", ""), (8, None, "--num_gpus 8"), (0, None, "--num_gpus 2"), (0, "4,5", "--num_gpus 2")],
+)
+def test_gpus_that_were_chosen_are_taken(tmp_path, count, visible, expected):
+    """DeepSpeed's launcher ignores CUDA_VISIBLE_DEVICES where it is given a number."""
+    shutil.copytree(LAUNCHERS, tmp_path / "launchers")
+    for name, body in {"python": f"echo {count}", "deepspeed": 'echo "$CUDA_VISIBLE_DEVICES: $@"'}.items():
+        stub(tmp_path / ".venv/bin" / name, body)
+    script = "source launchers/common.sh; MASTER_PORT=1 run_training R"
+    variables = {k: v for k, v in os.environ.items() if k != "CUDA_VISIBLE_DEVICES"}
+    variables |= {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
+    done = subprocess.run(
+        ["bash", "-c", script], cwd=tmp_path, env=variables, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == [f"{visible or ''}:", *expected.split(), *["--no_local_rank", "--master_port", "1"],
+                                   *["--module", "medvlm.cli", "train", "R"]]  # fmt: skip
+
+
+@pytest.mark.parametrize(("status", "restarts", "again"), [(85, 7, True), (86, 1, True), (86, 2, False), (2, 0, False)])
+def test_a_job_that_makes_no_step_is_not_started_for_ever(tmp_path, status, restarts, again):
+    stub(tmp_path / "srun", f"exit {status}")
+    stub(tmp_path / "squeue", "echo RUNNING")
+    stub(tmp_path / "scontrol", 'echo "asked: $@"; exit 1')  # else the script waits for its end
+    given = {
+        "SUBMIT_DIR": REPO,
+        "NTASKS_PER_NODE": 1,
+        "GPUS_PER_NODE": 0,
+        "JOB_ID": 7,
+        "NTASKS": 1,
+        "JOB_NODELIST": "a",
+    }
+    variables = {f"SLURM_{name}": str(value) for name, value in {**given, "RESTART_COUNT": restarts}.items()}
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    script = ["bash", str(LAUNCHERS / "slurm/train.sbatch"), "R"]
+    done = subprocess.run(script, env={**os.environ, **variables, "PATH": path}, capture_output=True, text=True)
+    assert done.returncode == status and ("asked: requeue 7" in done.stdout) == again
+    assert ("give a longer --time" in done.stderr) == (status == 86 and not again)
+
+
+def stub(path: Path, body: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/bash\n{body}\n")
+    path.chmod(0o755)
 
 
 def is_rank(pid: str, recipe: Path) -> bool:

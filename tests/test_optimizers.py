@@ -181,7 +181,7 @@ def test_lion_on_two_ranks_equals_one_process(world):
         assert row["loss"] == pytest.approx(plain["loss"], rel=1e-3)
 
 
-@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize("stage", [0, 1, 3])
 def test_8bit_adam_on_two_ranks_follows_adam(world, stage):
     path = recipe(world, f"8bit{stage}", training__optimizer={"name": "adamw_8bit"}, training__zero=f"zero{stage}")
     launch(path, "training.checkpoint_every=3")

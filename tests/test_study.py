@@ -57,6 +57,10 @@ def test_a_study_is_done_once_and_goes_on_where_an_input_changed(folder, tmp_pat
     results = run_study(study, "two", tmp_path / "out", run=counted, tell=lambda line: None)
     assert [name for (name, *_), _ in calls] == ["prepare", "train", "export", "evaluate", "evaluate"]
     assert dict((name, ranks) for (name, *_), ranks in calls)["train"] == 1
+    # as after a kill between the rename of the export and the note of it
+    next((tmp_path / "out").glob("trained-*/export.done.json")).unlink()
+    again = run_study(study, "two", tmp_path / "out", run=counted, tell=lambda line: None)
+    assert again == results and [name for (name, *_), _ in calls[5:]] == ["export"]
     assert results["failed"] == {} and json.loads((tmp_path / "out" / "results.json").read_text()) == json.loads(
         json.dumps(results)
     )

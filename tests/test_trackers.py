@@ -184,4 +184,8 @@ def test_a_command_is_told_and_its_failure_is_survived(world, tmp_path):
     output = launch(recipe(world, "command", run__notify=command), ranks=1)
     assert (tmp_path / "log").read_text() == "command running 0\ncommand finished 4\n"
     assert json.loads((tmp_path / "json").read_text().split("}")[0] + "}")["state"] == "running"
-    assert "run.notify: running could not be told" in output
+    assert "run.notify: running could not be told: exit status 3" in output
+    kept = [
+        p for p in (world / "runs" / "command").rglob("*") if p.is_file() and command[:20].encode() in p.read_bytes()
+    ]
+    assert not kept and command[:20] not in output, "it may hold a token"

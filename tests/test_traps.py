@@ -1,5 +1,7 @@
 """DeepSpeed and transformers traps that bite silently and have no place in another test file."""
 
+import os
+
 import pytest
 import torch
 from conftest import launch, two_ranks
@@ -7,8 +9,9 @@ from toy import LLAMA, SIGLIP, make_recipe, make_shards, make_tokenizer
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from medvlm.config.load import load_recipe
+from medvlm.errors import UserError
 from medvlm.models.build import build_components, build_model
-from medvlm.training import checkpoint
+from medvlm.training import checkpoint, distributed
 
 
 def test_segments_of_a_padding_free_row_do_not_see_each_other(tmp_path):
@@ -148,3 +151,43 @@ def assert_loaded(state, vision, language) -> None:
     assert len(expected) > 10
     for name, value in expected.items():
         assert torch.allclose(tower[name], value, atol=1e-9), name
+
+
+def test_ranks_of_which_one_has_no_gpu_are_refused(tmp_path):
+    """As where a node's driver failed: each kind would wait for ranks that never come."""
+    rows = two_ranks(
+        """
+        import json, os, torch
+        from medvlm.errors import UserError
+        from medvlm.training import distributed
+        here, rank = torch.cuda.is_available, os.environ["RANK"]
+        torch.cuda.is_available = lambda: rank == "1"
+        try:
+            distributed._meet()
+        except UserError as error:
+            print(json.dumps({"said": str(error)}), flush=True)
+        torch.cuda.is_available = here
+        os._exit(0)
+        """,
+        tmp_path,
+    )
+    assert len(rows) == 2 and all("not alike: no GPU, rank 0 on" in row["said"] for row in rows)
+    assert all(", rank 0 on" in row["said"] and "and a GPU, rank 1 on" in row["said"] for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("count", "local", "given", "chosen"),
+    [(1, 3, "1", "0"), (8, 3, "8", "3"), (0, 1, "0", "1"), (2, 3, "2", "shows it 2 GPUs"), (0, 1, "8", "sees none")],
+)
+def test_each_rank_takes_a_gpu_that_it_is_shown(monkeypatch, count, local, given, chosen):
+    """One for each task with --gpus-per-task, all of a node's with --gpus-per-node."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.setattr(distributed, "CPU_CHOSEN", False)
+    for name, value in {"RANK": "11", "LOCAL_RANK": str(local), "SLURM_GPUS_ON_NODE": given}.items():
+        monkeypatch.setenv(name, value)
+    if chosen.isdigit():
+        distributed._choose_device()
+        assert os.environ["LOCAL_RANK"] == chosen
+    else:
+        with pytest.raises(UserError, match=chosen):
+            distributed._choose_device()

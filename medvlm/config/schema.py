@@ -1,7 +1,7 @@
 """What a run is: typed sections. Unknown keys are refused; the defaults are what a first run should use."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -242,6 +242,11 @@ class RunConfig(Section):
     """Of a dual encoder; a language model is trained for the next token."""
     data: Data
     training: Training
+
+    def public(self) -> dict[str, Any]:
+        """As JSON, for files and servers that others read: without the address or command of ``run.notify``, which may
+        hold a token."""
+        return self.model_dump(mode="json", exclude={"run": {"notify"}})
 
     @property
     def llava(self) -> Llava:

@@ -34,7 +34,11 @@ def run_command(arguments: Sequence[str], ranks: int | None, log: Path) -> int:
         environment |= {"DS_ACCELERATOR": "cpu"}
     if ranks is not None and ranks > 1:
         environment.setdefault("OMP_NUM_THREADS", "1")
-        launcher = ["-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks), "--no_local_rank"]
+        launcher = ["-m", "deepspeed.launcher.runner", "--no_local_rank"]
+        if gpus() and (visible := environment.get("CUDA_VISIBLE_DEVICES")):  # which DeepSpeed ignores, given a number
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(visible.split(",")[:ranks])
+        else:
+            launcher += ["--num_gpus", str(ranks)]
         launcher += ["--master_port", str(_free_port()), "--module", "medvlm.cli"]
         command = [sys.executable, *launcher, *arguments]
     log.parent.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,7 @@
 """Runs a study: prepares its data, trains, exports and evaluates its entries, compares them."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -127,6 +128,8 @@ def train(
     recipe.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
     once(folder, "train", ["train", str(recipe)], run, tell, ranks=ranks)
     model = folder / "model"
+    if not (folder / "export.done.json").exists():  # of a study that was killed right after its export
+        shutil.rmtree(model, ignore_errors=True)
     once(folder, "export", ["export", str(folder / "run"), "--out", str(model)], run, tell)
     return folder, str(model)
 

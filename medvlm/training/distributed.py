@@ -1,6 +1,7 @@
 """Ranks, devices and the few collectives that the loop needs, over DeepSpeed's communication layer."""
 
 import os
+import socket
 import warnings
 from datetime import timedelta
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+CPU_CHOSEN = os.environ.get("DS_ACCELERATOR") == "cpu"
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 warnings.filterwarnings("ignore", category=FutureWarning)  # torch 2.13 prints one per collective
@@ -33,8 +35,6 @@ def start() -> None:
     for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
         os.environ.setdefault(name, value)
     if "MASTER_PORT" not in os.environ:
-        import socket
-
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             os.environ["MASTER_PORT"] = str(probe.getsockname()[1])
@@ -43,6 +43,7 @@ def start() -> None:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         if os.environ["WORLD_SIZE"] != "1":
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["WORLD_SIZE"])))
+    _choose_device()
     try:
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         mine, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -61,8 +62,25 @@ def start() -> None:
         raise UserError(f"rank {os.environ['RANK']} cannot meet rank 0 at {where} ({reason})") from None
 
 
+def _choose_device() -> None:
+    """Where each task is shown its own GPU alone (srun's --gpus-per-task), that is number 0 for all. Raises UserError
+    where a rank has none though its job has."""
+    count, local = torch.cuda.device_count(), int(os.environ["LOCAL_RANK"])
+    if count == 1:
+        os.environ["LOCAL_RANK"] = "0"
+    elif count and local >= count:
+        raise UserError(f"rank {os.environ['RANK']} is the {local + 1}th of its host, which shows it {count} GPUs")
+    given = os.environ.get("SLURM_GPUS_ON_NODE", "0")
+    if not count and given not in ("", "0") and not CPU_CHOSEN:
+        raise UserError(
+            f"Slurm gave {socket.gethostname()} {given} GPUs and PyTorch sees none: it is a build for CPUs, or the "
+            "driver fails; DS_ACCELERATOR=cpu trains without them"
+        )
+
+
 def _meet() -> Any:
-    """The launcher's store, once all ranks have come to it. Raises UserError naming who has not."""
+    """The launcher's store, once all ranks have come to it. Raises UserError naming who has not, or has a GPU where
+    others have none."""
     try:
         store, rank, world = next(torch.distributed.rendezvous("env://", timeout=MEET))
     except torch.distributed.DistStoreError as error:  # to rank 0, where the store is its own
@@ -70,7 +88,8 @@ def _meet() -> Any:
             f"not all {os.environ['WORLD_SIZE']} ranks came within {MEET}: {str(error).splitlines()[0]}"
         ) from None
     store = torch.distributed.PrefixStore("medvlm", store)
-    store.set(str(rank), "here")
+    mine = "a GPU" if torch.cuda.is_available() else "no GPU"
+    store.set(str(rank), f"{mine}, rank {rank} on {socket.gethostname()}")
     try:
         store.wait([str(n) for n in range(world)], MEET)
     except torch.distributed.DistStoreError:
@@ -78,6 +97,9 @@ def _meet() -> Any:
         raise UserError(
             f"{len(absent)} of {world} ranks did not come within {MEET}, rank {absent[0]} the first of them"
         ) from None
+    told = [value.decode() for value in store.multi_get([str(n) for n in range(world)])]
+    if other := next((line for line in told if line.partition(",")[0] != told[0].partition(",")[0]), None):
+        raise UserError(f"the ranks are not alike: {told[0]} and {other}")
     return store
 
 

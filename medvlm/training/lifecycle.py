@@ -101,7 +101,9 @@ def notify(config: RunConfig, state: str, kind: str = "") -> None:
                 target, shell=True, check=True, timeout=PATIENCE, env=environment, input=json.dumps(event), text=True
             )
     except (OSError, subprocess.SubprocessError, ValueError) as error:
-        shout(f"run.notify: {state} could not be told: {error}")
+        # the text of some errors holds the command or the address
+        told = f"exit status {error.returncode}" if isinstance(error, subprocess.CalledProcessError) else ""
+        shout(f"run.notify: {state} could not be told: {told or type(error).__name__}")
 
 
 def _failed(config: RunConfig, error: BaseException, begun: float) -> None:

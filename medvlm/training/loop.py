@@ -94,7 +94,7 @@ def train(config: RunConfig, allow_change: bool = False) -> int:
         if parts.meters:
             where = f"checkpoint of step {session.step} written" if saved else f"at step {session.step}, as it began"
             print(f"interrupted: {where}; start again to go on", flush=True)
-        return preemption.STATUS
+        return preemption.STATUS if saved else preemption.NO_STEP
     watch.enter("waiting for the last checkpoint", session.step)
     parts.saver.wait()
     parts.close()

@@ -8,6 +8,7 @@ import signal
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 STATUS = 85  # exit status: start again to go on
+NO_STEP = 86  # the same, and no step was made since the start
 
 _received: list[int] = []
 _at_once = True

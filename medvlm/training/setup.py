@@ -124,6 +124,13 @@ def start(config: RunConfig, allow_change: bool = False) -> Session:
     owners = {id(p): group["name"] for group in groups for p in group["params"]}
     total = total_steps(config, plan)
     group_rates = rates(groups, config, total)
+    long = max(group_rates, key=lambda rate: rate.warmup)
+    if long.warmup >= total and distributed.rank() == 0:
+        print(
+            f"warning: the warm-up of {long.part} takes {long.warmup} steps, and the run {total}: its learning rate "
+            "never reaches its peak or falls",
+            flush=True,
+        )
     offload = offload_device(ds_config)
     given = make_optimizer(groups, config, stage, offload)
     towers = {part: getattr(model, part) for part in backbones(config.model) if part != "language_model"}
@@ -136,7 +143,7 @@ def start(config: RunConfig, allow_change: bool = False) -> Session:
         **checkpoint.identity(engine, config.model, getattr(parts, "vocabulary_grown", False)),
         "bf16": precision(config) == torch.bfloat16,
         "order": plan.hash,
-        "config": config.model_dump(mode="json"),
+        "config": config.public(),
     }
     return Session(
         config=config,
@@ -320,6 +327,6 @@ def make_saver(session: Session) -> checkpoint.Saver:
 def write_run_files(session: Session) -> None:
     session.run.mkdir(parents=True, exist_ok=True)
     lifecycle.running(session.config, session.step, session.total)
-    values = session.config.model_dump(mode="json")
+    values = session.config.public()
     (session.run / "config.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
     session.family.save_processor(session.parts, session.run / "processor")

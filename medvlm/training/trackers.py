@@ -55,7 +55,7 @@ class WandB:
             id=_remembered(config.run.dir, "wandb", lambda: secrets.token_hex(4)),
             resume="allow",
             dir=str(config.run.dir),
-            config=config.model_dump(mode="json"),
+            config=config.public(),
             settings=wandb.Settings(console="off", silent=True),
         )
         # an axis of its own: W&B's drops what is logged at a lower step than before, as after a kill or a rollback
@@ -86,7 +86,7 @@ class MLflow:
         found = self.client.get_experiment_by_name(name)
         experiment = found.experiment_id if found else self.client.create_experiment(name)
         run = self.client.create_run(experiment, run_name=config.run.name)
-        for key, value in flat(config.model_dump(mode="json")):
+        for key, value in flat(config.public()):
             self.client.log_param(run.info.run_id, key.replace("/", "."), str(value)[:500])
         return run.info.run_id
 
@@ -174,5 +174,7 @@ def _remembered(folder: Path, name: str, create: Callable[[], str]) -> str:
     known = json.loads(path.read_text()) if path.exists() else {}
     if name not in known:
         known[name] = create()
-        path.write_text(json.dumps(known))
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(known))
+        os.replace(partial, path)
     return known[name]

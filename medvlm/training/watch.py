@@ -131,7 +131,7 @@ class Watch:
         """Called by the main thread with what ended it. Never returns."""
         self.ending = True
         if isinstance(error, preemption.Preempted):
-            failure = self._own("interrupted before the first step: nothing to save; start again", preemption.STATUS)
+            failure = self._own("interrupted before the first step: nothing to save; start again", preemption.NO_STEP)
         elif isinstance(error, UserError):
             failure = self._own(str(error), 2)
         elif isinstance(error, OSError) and error.errno in FULL:
@@ -176,7 +176,7 @@ class Watch:
             alike = [r for r, sentence in self.left.items() if sentence == first.sentence]
             unnamed = first.own and len(alike) < self.world
             text = f"rank {first.rank} on {socket.gethostname()}: {first.sentence}" if unnamed else first.sentence
-            _print(text if first.status == preemption.STATUS else f"medvlm: error: {text}")
+            _print(text if first.status == preemption.NO_STEP else f"medvlm: error: {text}")
         else:
             self._until(lambda: self.rank in self.left or bool(self.lost), GRACE)
             if failure.sentence != first.sentence:

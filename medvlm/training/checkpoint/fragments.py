@@ -28,12 +28,20 @@ class Fragment:
 @dataclass
 class Flat:
     """``state`` is the optimizer's own dict for ``tensor``, empty before the first update. ``lent``: both are gone from
-    memory when the next flat tensor is asked for."""
+    memory when the next flat tensor is asked for. ``alike``: all ranks hold the same, and each writes a share."""
 
     tensor: Tensor
     state: dict[str, Any]
     fragments: list[Fragment]
     lent: bool = False
+    alike: bool = False
+
+    @property
+    def layout(self) -> list[list[Any]]:
+        """What of which parameters a state of the flat tensor as a whole belongs to."""
+        if self.alike:
+            return [[f.name, 0, self.tensor.numel(), 0] for f in self.fragments]
+        return [[f.name, f.start, f.numel, f.at] for f in self.fragments]
 
 
 def flats(engine: Any, *, writing: bool) -> Iterator[Flat]:
@@ -52,7 +60,8 @@ def _whole(optimizer: Any, names: dict[int, str], writing: bool) -> Iterator[Fla
     """ZeRO-0: every rank updates every parameter, or in bf16 its fp32 copy; each writes its share of it."""
     for p, tensor in _copies(optimizer):
         start, stop = _share(p.numel()) if writing else (0, p.numel())
-        yield Flat(tensor, optimizer.state[tensor], [Fragment(names[id(p)], start, stop - start, start)])
+        fragments = [Fragment(names[id(p)], start, stop - start, start)]
+        yield Flat(tensor, optimizer.state[tensor], fragments, alike=True)
 
 
 def _copies(optimizer: Any) -> list[tuple[nn.Parameter, Tensor]]:

@@ -208,9 +208,10 @@ class Saver:
             scalars = {k: _scalar(v) for k, v in flat.state.items() if k not in tensors}
             if any(v.shape != flat.tensor.shape for v in tensors.values()):
                 # as of 8-bit optimizers: such states belong to this flat tensor as a whole
-                part.layouts[str(n)] = [[f.name, f.start, f.numel, f.at] for f in flat.fragments]
-                for kind, tensor in tensors.items():
-                    self._add(part, f"{n}@{kind}", tensor, flat.lent)
+                if distributed.rank() == 0 or not flat.alike:
+                    part.layouts[str(n)] = flat.layout
+                    for kind, tensor in tensors.items():
+                        self._add(part, f"{n}@{kind}", tensor, flat.lent)
                 tensors = {}
             for f in flat.fragments:
                 for kind, tensor in {VALUE: flat.tensor, **tensors}.items():
