@@ -63,6 +63,13 @@ def test_a_wrong_recipe_is_refused_with_one_sentence(folder, overrides, sentence
     assert sentence in str(refused.value) and "\n" not in str(refused.value)
 
 
+def test_what_a_recipe_says_of_another_kind_is_left_behind():
+    given = ["model.vision_head.kind=linear", "objective.kind=sigmoid", "model.similarity.bias=-10"]
+    assert load_recipe("convirt", given).model.vision_head.kind == "linear"  # though its heads had two layers
+    with pytest.raises(UserError, match="hidden_dim: does nothing"):
+        load_recipe("convirt", [*given, "model.vision_head.hidden_dim=64"])
+
+
 def test_texts_longer_than_the_towers_positions_are_refused_at_the_start(folder):
     message = launch(pairs_recipe(folder, "long"), "data.max_length=512", ranks=1, fails=True)
     assert "data.max_length: 512 is more than the 128 tokens that the text tower has positions for" in message

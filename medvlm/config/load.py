@@ -44,12 +44,13 @@ def load_recipe(recipe: str, overrides: list[str] | None = None, extra: dict[str
         config = RunConfig.model_validate(values)
     except ValidationError as error:
         raise UserError("\n".join(f"{recipe}: {_explain(e)}" for e in error.errors())) from None
-    _refuse_idle(config, recipe)
+    _refuse_idle(config, recipe, {*(extra or {}), *(override.partition("=")[0] for override in overrides or [])})
     return config
 
 
-def _refuse_idle(config: RunConfig, recipe: str) -> None:
-    """Raise UserError for an option that would do nothing, such as ``hidden_dim`` of a head of one layer.
+def _refuse_idle(config: RunConfig, recipe: str, overridden: set[str]) -> None:
+    """Raise UserError for an option that would do nothing, such as ``hidden_dim`` of a head of one layer; unless it is
+    the recipe's, and the kind was overridden.
 
     It is no rule of the schema, by which runs that were begun with one could not be read any more.
     """
@@ -69,6 +70,8 @@ def _refuse_idle(config: RunConfig, recipe: str) -> None:
         ("data.pairs", config.data.pairs, () if matching else ("labels",), f"`objective.kind: {objective.kind}`")
     )
     for place, section, names, why in cases:
+        if f"{place}.kind" in overridden:
+            names = tuple(name for name in names if f"{place}.{name}" in overridden)
         for name in names:
             if getattr(section, name) != type(section).model_fields[name].default:
                 raise UserError(f"{recipe}: {place}.{name}: does nothing with {why}")
