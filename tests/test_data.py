@@ -8,9 +8,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from PIL import Image
-from toy import TEMPLATE, make_shards, make_tokenizer, png, sample
+from toy import TEMPLATE, make_recipe, make_shards, make_tokenizer, png, sample
 from transformers import AutoTokenizer, CLIPImageProcessor, SiglipImageProcessor
 
+from medvlm.config.load import load_recipe
 from medvlm.data.conversation import (
     IGNORE,
     ConversationEncoder,
@@ -23,6 +24,7 @@ from medvlm.data.loader import Encoded, MicroBatches, SampleEncoder, collate, lo
 from medvlm.data.schema import make_message, parse_sample
 from medvlm.data.shards import ShardReader
 from medvlm.errors import UserError
+from medvlm.models.build import build_components
 
 QWEN3_LIKE = (  # treats the last turn unlike the others, as Qwen3's template does
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
@@ -84,7 +86,7 @@ THINKING = (
 )
 
 
-def test_a_question_is_asked_as_it_was_trained(tokenizer):
+def test_a_question_is_asked_as_it_was_trained(tokenizer, tmp_path):
     """Qwen3's template puts an empty block of thoughts before the last answer, and asks without it by default."""
     template = multimodal_template(THINKING)
     plain = [{"role": "user", "content": "a"}]
@@ -94,15 +96,22 @@ def test_a_question_is_asked_as_it_was_trained(tokenizer):
     assert tokenizer.apply_chat_template(plain, **{**ask, "chat_template": chosen}).endswith("<think></think>")
     for other in (multimodal_template(TEMPLATE), multimodal_template(None)):
         assert asked_as_trained(tokenizer, other) == other
+    (tmp_path / "thinking").mkdir()
+    tokenizer.save_pretrained(tmp_path / "thinking")
+    (tmp_path / "thinking/chat_template.jinja").write_text(THINKING)
+    path = make_recipe(tmp_path, model__language_model__tokenizer=str(tmp_path / "thinking"))
+    parts = build_components(load_recipe(str(path)).llava)
+    assert parts.chat_template.startswith("{%- set enable_thinking = false -%}")
     always = THINKING.replace("enable_thinking is defined and not enable_thinking", "false")
     with pytest.raises(UserError, match="otherwise than it was trained"):
         asked_as_trained(tokenizer, multimodal_template(always))
 
 
 def test_a_template_that_prints_the_date_gives_the_same_text_every_day(tokenizer):
-    dated = multimodal_template("{{ 'Today: ' + strftime_now('%d %b %Y') }}" + TEMPLATE)
+    dated = multimodal_template("{{ 'Today: ' + strftime_now('%d %b %Y') + eos_token }}" + TEMPLATE)
     ids, _ = ConversationEncoder(tokenizer, dated, 1)([make_message(*turn) for turn in TURNS])
-    assert ids[:4] == tokenizer("Today: 01 Jan 2025", add_special_tokens=False)["input_ids"][:4]
+    expected = tokenizer(f"Today: 01 Jan 2025{tokenizer.eos_token}", add_special_tokens=False)["input_ids"]
+    assert ids[: len(expected)] == expected
 
 
 def test_of_several_templates_the_default_one_is_taken(tokenizer):

@@ -20,7 +20,7 @@ from conftest import REPO
 from toy_archive import ARCHIVE, forked, make_archive, prepare, tree
 from typer.testing import CliRunner
 
-from data_prep import cli, executors, pipeline, shard_task
+from data_prep import cli, executors, generic, pipeline, shard_task
 from data_prep.items import Dropped, Item, Source
 from data_prep.masking import drop_masked_turns
 from data_prep.pipeline import PipelineOptions
@@ -209,6 +209,17 @@ def test_tables_elsewhere_and_deep_ones_count(tmp_path):
         path.write_text("aa")
         assert tables_digest(source, **given) != before
         before = tables_digest(source, **given)
+
+
+def test_a_table_that_an_option_names_counts(tmp_path):
+    source, table = tmp_path / "archive", tmp_path / "reports.csv"
+    source.mkdir()
+    found = set()
+    for text in ("image\na.png\n", "image\na.png\nb.png\n"):
+        table.write_text(text)
+        job = pipeline._Job(generic.CONVERTER, source, str(tmp_path / "out"), PipelineOptions(), {"table": table})
+        found.add(job.fingerprint["tables"])
+    assert len(found) == 2
 
 
 def test_a_folder_with_other_shards_is_refused(archive, tmp_path):
