@@ -12,7 +12,7 @@ from datetime import date, timedelta
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from medvlm.data.dicom import CODES
+from medvlm.data.dicom_codes import CODES
 from medvlm.data.phi import scan
 from medvlm.errors import UserError
 

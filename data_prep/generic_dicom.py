@@ -143,6 +143,6 @@ def _header(path: Path) -> Any:
 
 
 def _view(text: str) -> str | None:
-    from medvlm.data.dicom import CODES
+    from medvlm.data.dicom_codes import CODES
 
     return text.upper() if text.upper() in CODES["view_position"][1].split() else None

@@ -53,9 +53,9 @@ run_training() { # run_training RECIPE [section.key=value ...]: all local GPUs, 
     if ((n == 0)); then
         chosen=(--num_gpus 2)
         export DS_ACCELERATOR=cpu OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-    elif [[ ${CUDA_VISIBLE_DEVICES:-} ]]; then
-        chosen=() # DeepSpeed takes these and no others, unless it is given a number
+    elif [[ ${CUDA_VISIBLE_DEVICES:-} =~ ^[0-9,]+$ ]]; then
+        chosen=() # DeepSpeed takes these and no others, unless it is given a number; it knows no names (MIG-...)
     fi
-    PATH="$PWD/.venv/bin:$PATH" PYTHONWARNINGS=ignore::FutureWarning .venv/bin/deepspeed "${chosen[@]}" \
+    PATH="$PWD/.venv/bin:$PATH" PYTHONWARNINGS=ignore::FutureWarning .venv/bin/deepspeed ${chosen[@]+"${chosen[@]}"} \
         --no_local_rank --master_port "${MASTER_PORT:-$(free_port)}" --module medvlm.cli train "$@"
 }

@@ -99,6 +99,11 @@ def test_texts_longer_than_the_language_models_positions_are_refused(folder):
     assert "data.max_length: 128 is more than the 64 tokens that the language model has positions for" in output
 
 
+def test_a_warm_up_that_never_ends_is_said(folder):
+    said = launch(make_recipe(folder, training__steps=1, training__warmup_steps=50), ranks=1)
+    assert "takes 50 steps, and the run 1: its learning rate never reaches its peak" in said
+
+
 def test_an_unknown_recipe_suggests_the_nearest():
     assert "did you mean 'phantom-stage1'?" in medvlm("train", "phantom-stag1", status=2)
 

@@ -14,7 +14,8 @@ from pydicom.uid import ExplicitVRBigEndian, JPEGLSLossless, RLELossless
 
 from data_prep.items import Source
 from data_prep.pixels import PixelOptions, encode_source
-from medvlm.data.dicom import CODES, DECODERS, metadata, picture, read_dicom, stored_pixels
+from medvlm.data.dicom import DECODERS, metadata, picture, read_dicom, stored_pixels
+from medvlm.data.dicom_codes import CODES
 
 INDEX = list(csv.DictReader((DATA / "dicom" / "INDEX.csv").open())) if DATA.is_dir() else []
 RGB = "RGB"

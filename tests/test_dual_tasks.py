@@ -235,6 +235,21 @@ def test_precision_by_hand_and_ties_count_against_it():
     assert precision_at_k.precision_at(similarity, right, 3).tolist() == pytest.approx([2 / 3, 1 / 3])
 
 
+def test_a_set_says_whether_other_labels_may_be_positive_too(tmp_path):
+    """With ``exclusive: all``, as of CheXpert 5x200, an image with another label is of no class."""
+    reader = labelled([{"A": 1, "Other": n % 2} for n in range(6)] + [{"B": 1}] * 6)
+    model = Model({i: unit(i < 6, i >= 6) for i in range(12)}, {"a": unit(1, 0), "b": unit(0, 1)})
+    seen = {}
+    for exclusive in ("classes", "all"):
+        prompts = tmp_path / f"{exclusive}.yaml"
+        prompts.write_text(f"kind: multiclass\nclasses: {{A: [a], B: [b]}}\nexclusive: {exclusive}\n")
+        options = precision_at_k.PrecisionOptions(prompts=str(prompts), k=[1])
+        pictures = precision_at_k.load(reader, None, 0, options)
+        results, _ = precision_at_k.evaluate(model, pictures, options, Context(None))
+        seen[exclusive] = results["n_candidates"] + results["n_image_queries"]
+    assert seen == {"classes": 12, "all": 9}
+
+
 def test_queries_and_candidates_have_no_patient_in_common_and_a_sighted_model_is_perfect(tmp_path):
     prompts = tmp_path / "own.yaml"
     prompts.write_text("kind: binary\nlabels: {A: a, B: b, C: c}\npositive: ['{}']\nnegative: ['no {}']\n")

@@ -51,6 +51,7 @@ ALLOWED = {
     "medvlm.cli_shards": {"medvlm.errors", "medvlm.config", "medvlm.data", "medvlm.models", "medvlm.training"},
     "data_prep": {
         *("medvlm.errors", "medvlm.data.schema", "medvlm.data.shards", "medvlm.data.dicom", "medvlm.data.nifti"),
+        "medvlm.data.dicom_codes",
         *("medvlm.data.series", "medvlm.data.volumes", "medvlm.data.pixels", "medvlm.data.phi"),
         "medvlm.data.labeler",
     },

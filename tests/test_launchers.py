@@ -90,7 +90,13 @@ def test_a_hostfile_trains_on_both_hosts_and_hands_on_the_status_of_an_interrupt
 
 @pytest.mark.parametrize(
     ("count", "visible", "expected"),
-    [(2, "4,5", ""), (8, None, "--num_gpus 8"), (0, None, "--num_gpus 2"), (0, "4,5", "--num_gpus 2")],
+    [
+        (2, "4,5", ""),
+        (1, "MIG-1", "--num_gpus 1"),
+        (8, None, "--num_gpus 8"),
+        (0, None, "--num_gpus 2"),
+        (0, "4,5", "--num_gpus 2"),
+    ],
 )
 def test_gpus_that_were_chosen_are_taken(tmp_path, count, visible, expected):
     """DeepSpeed's launcher ignores CUDA_VISIBLE_DEVICES where it is given a number."""

@@ -177,13 +177,23 @@ def test_ranks_of_which_one_has_no_gpu_are_refused(tmp_path):
 
 @pytest.mark.parametrize(
     ("count", "local", "given", "chosen"),
-    [(1, 3, "1", "0"), (8, 3, "8", "3"), (0, 1, "0", "1"), (2, 3, "2", "shows it 2 GPUs"), (0, 1, "8", "sees none")],
+    [
+        (1, 3, "1", "0"),
+        (1, 3, None, r"sees 1 GPU\(s\)"),
+        (8, 3, "8", "3"),
+        (0, 1, "0", "1"),
+        (2, 3, "2", r"sees 2 GPU\(s\)"),
+        (0, 1, "8", "sees none"),
+    ],
 )
 def test_each_rank_takes_a_gpu_that_it_is_shown(monkeypatch, count, local, given, chosen):
-    """One for each task with --gpus-per-task, all of a node's with --gpus-per-node."""
+    """One for each task with --gpus-per-task, all of a node's with --gpus-per-node; without Slurm none is shared."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
     monkeypatch.setattr(distributed, "CPU_CHOSEN", False)
-    for name, value in {"RANK": "11", "LOCAL_RANK": str(local), "SLURM_GPUS_ON_NODE": given}.items():
+    slurm = {"SLURM_GPUS_ON_NODE": given, "SLURM_LOCALID": str(local)} if given else {}
+    for name in ("SLURM_GPUS_ON_NODE", "SLURM_LOCALID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {"RANK": "11", "LOCAL_RANK": str(local), **slurm}.items():
         monkeypatch.setenv(name, value)
     if chosen.isdigit():
         distributed._choose_device()

@@ -80,8 +80,8 @@ def global_statistics(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class _Normalize(torch.autograd.Function):
-    """By the mean [C] and inverse deviation [C] of ``count`` values on all ranks; what is kept for the backward pass is
-    the input as it came."""
+    """[I, C, h, w] by the mean [C] and inverse deviation [C] of ``count`` [] values on all ranks, then weight [C] and
+    bias [C]; what is kept for the backward pass is the input as it came (Ioffe and Szegedy, arXiv 1502.03167)."""
 
     @staticmethod
     def forward(
@@ -92,9 +92,9 @@ class _Normalize(torch.autograd.Function):
         return (scaled + _of_channels(bias)).to(x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
         x, weight, mean, inverse, count = ctx.saved_tensors
-        gradient = gradient.float()
+        gradient = gradients[0].float()
         normal = (x.float() - _of_channels(mean)) * _of_channels(inverse)
         sums = torch.stack([(gradient * normal).sum((0, 2, 3)), gradient.sum((0, 2, 3))])
         found = None

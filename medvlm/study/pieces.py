@@ -35,8 +35,9 @@ def run_command(arguments: Sequence[str], ranks: int | None, log: Path) -> int:
     if ranks is not None and ranks > 1:
         environment.setdefault("OMP_NUM_THREADS", "1")
         launcher = ["-m", "deepspeed.launcher.runner", "--no_local_rank"]
-        if gpus() and (visible := environment.get("CUDA_VISIBLE_DEVICES")):  # which DeepSpeed ignores, given a number
-            environment["CUDA_VISIBLE_DEVICES"] = ",".join(visible.split(",")[:ranks])
+        visible = environment.get("CUDA_VISIBLE_DEVICES", "").split(",")
+        if gpus() and all(number.isdigit() for number in visible):  # which DeepSpeed ignores, given how many
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(visible[:ranks])
         else:
             launcher += ["--num_gpus", str(ranks)]
         launcher += ["--master_port", str(_free_port()), "--module", "medvlm.cli"]

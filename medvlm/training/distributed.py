@@ -1,5 +1,6 @@
 """Ranks, devices and the few collectives that the loop needs, over DeepSpeed's communication layer."""
 
+import contextlib
 import os
 import socket
 import warnings
@@ -63,13 +64,15 @@ def start() -> None:
 
 
 def _choose_device() -> None:
-    """Where each task is shown its own GPU alone (srun's --gpus-per-task), that is number 0 for all. Raises UserError
-    where a rank has none though its job has."""
+    """Where Slurm shows each task its own GPU alone (--gpus-per-task), that is number 0 for all. Raises UserError where
+    a rank has none though its job has."""
     count, local = torch.cuda.device_count(), int(os.environ["LOCAL_RANK"])
-    if count == 1:
+    if count == 1 and "SLURM_LOCALID" in os.environ:
         os.environ["LOCAL_RANK"] = "0"
     elif count and local >= count:
-        raise UserError(f"rank {os.environ['RANK']} is the {local + 1}th of its host, which shows it {count} GPUs")
+        raise UserError(
+            f"rank {os.environ['RANK']} is number {local} on {socket.gethostname()}, where it sees {count} GPU(s)"
+        )
     given = os.environ.get("SLURM_GPUS_ON_NODE", "0")
     if not count and given not in ("", "0") and not CPU_CHOSEN:
         raise UserError(
@@ -99,6 +102,10 @@ def _meet() -> Any:
         ) from None
     told = [value.decode() for value in store.multi_get([str(n) for n in range(world)])]
     if other := next((line for line in told if line.partition(",")[0] != told[0].partition(",")[0]), None):
+        store.set(f"{rank} read it", "")
+        if not rank:  # whose store it is: the others are to read it first
+            with contextlib.suppress(torch.distributed.DistStoreError):
+                store.wait([f"{n} read it" for n in range(world)], timedelta(seconds=30))
         raise UserError(f"the ranks are not alike: {told[0]} and {other}")
     return store
 

@@ -1,0 +1,33 @@
+"""Which coded values of a DICOM header may be kept: name in the metadata -> elements that hold it, values (PS3.3)."""
+
+# The allow-list: nothing else of a header enters a shard. No free text, ids, dates or places: a code passes only if it
+# is one of these values, which the standard defines; numbers pass as numbers.
+CODES = {
+    "modality": (
+        ("Modality",),
+        "AR BI BMD CR CT DG DX ECG EPS ES FID GM HD IO IVOCT IVUS KER LEN LS MG MR NM OAM OCT OP OPM OPT OPV OSS OT PT "
+        "PX REG RF RG RTDOSE RTIMAGE SEG SM SRF TG US VA XA XC",
+    ),
+    "view_position": (
+        ("ViewPosition",),
+        "AP PA LL RL RLD LLD RLO LLO LPO RPO LAO RAO CC MLO ML LM LMO XCC XCCL XCCM FB SIO ISO CV LATERAL",
+    ),
+    "laterality": (("ImageLaterality", "FrameLaterality", "Laterality"), "R L B U"),
+    "body_part": (
+        ("BodyPartExamined",),
+        "ABDOMEN ABDOMENPELVIS ANKLE AORTA ARM AXILLA BACK BLADDER BRAIN BREAST BRONCHUS BUTTOCK CALCANEUS CALF "
+        "CAROTID CEREBELLUM CERVIX CHEEK CHEST CHESTABDOMEN CHESTABDPELVIS CHOROIDPLEXUS CLAVICLE COCCYX COLON "
+        "CORNEA CORONARYARTERY CSPINE CTSPINE DUODENUM EAR ELBOW ESOPHAGUS EXTREMITY EYE EYELID FACE FEMUR FINGER FOOT "
+        "GALLBLADDER HAND HEAD HEADNECK HEART HIP HUMERUS ILEUM ILIUM IAC JAW JEJUNUM KIDNEY KNEE LARYNX LEG LIVER "
+        "LSPINE LSSPINE LUNG MAXILLA MEDIASTINUM MOUTH NECK NECKCHEST NECKCHESTABDOMEN NECKCHESTABDPELV NOSE ORBIT "
+        "OVARY PANCREAS PAROTID PATELLA PELVIS PENIS PHARYNX PROSTATE RADIUS RADIUSULNA RECTUM RIB SCALP SCAPULA "
+        "SCLERA SCROTUM SHOULDER SKULL SPINE SPLEEN SSPINE STERNUM STOMACH TESTIS THIGH THUMB THYMUS THYROID TIBIA "
+        "TIBIAFIBULA TLSPINE TMJ TOE TONGUE TRACHEA TSPINE ULNA URETER URETHRA UTERUS VAGINA VULVA WHOLEBODY WRIST "
+        "ZYGOMA",
+    ),
+    "patient_sex": (("PatientSex",), "M F O"),
+    "photometric_interpretation": (
+        ("PhotometricInterpretation",),
+        "MONOCHROME1 MONOCHROME2 RGB YBR_FULL YBR_FULL_422 YBR_PARTIAL_422 YBR_PARTIAL_420 YBR_ICT YBR_RCT",
+    ),
+}
